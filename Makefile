@@ -1,0 +1,51 @@
+# The two commands of the README are `make demo` and `make test`; both set up what they need first.
+
+SHELL := /bin/bash
+CARGO_TARGET_DIR ?= target
+export CARGO_TARGET_DIR
+BIN := $(CARGO_TARGET_DIR)/release
+PYTHON_TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/opencomputer/tools/python/bin
+BUF := $(PYTHON_TOOLS)/buf
+
+.PHONY: help demo test up down bench build lint setup setup-test clean
+
+help: ## shows this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build ## sets up, builds, starts everything, uses one sandbox, cleans up
+	tools/demo $(BIN)
+
+test: setup-test build ## sets up, builds, runs every test
+	cargo test --release --workspace --locked --no-fail-fast
+
+bench: setup-test build ## prints the tables of the README, measured here and now
+	@cargo run --quiet --release --locked -p oc-integration --bin oc-bench
+
+up: build ## keeps a mesh running on this machine until Ctrl-C
+	$(BIN)/oc up
+
+down: ## ends what `oc up --detach` started
+	$(BIN)/oc down
+
+build: setup ## release binaries in target/release, the guest's static one included
+	cargo build --release --locked --workspace --bins
+	@# Linked statically, under a name of its own: the guest has no libraries when it starts.
+	cargo rustc --profile guest --locked -p oc-guest --bin oc-guest -- -C target-feature=+crt-static
+	@cmp -s $(CARGO_TARGET_DIR)/guest/oc-guest $(BIN)/oc-init || cp $(CARGO_TARGET_DIR)/guest/oc-guest $(BIN)/oc-init
+
+lint: setup-test ## formatting, contract, lints; fails on any warning
+	cargo fmt --all --check
+	$(BUF) lint
+	$(BUF) format --diff --exit-code --exclude-path proto/google
+	tools/buf_breaking $(BUF)
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	bash -n tools/setup tools/demo tools/protoc tools/buf_breaking vmm-agent/templates/build .ci/run
+
+setup:
+	@tools/setup
+
+setup-test:
+	@tools/setup --test
+
+clean: ## removes what was built (not what was set up)
+	cargo clean
