@@ -1,0 +1,31 @@
+//! What every service of the mesh shares. It knows records and members, not what a sandbox is beyond its record.
+//!
+//! Where things stand:
+//! - [`store`], [`record`], [`keys`], [`view`]: the record store, embedded or etcd; typed access; live mirrors.
+//! - [`membership`]: being a member under a lease, and seeing the others.
+//! - [`endpoint`], [`channel`], [`serve`], [`layers`], [`relay`]: calls between our own parts.
+//! - [`caller`], [`api_key`], [`token`]: who calls.
+//! - [`error`]: stable reasons, one table to gRPC and HTTP.
+//! - [`clock`], [`limits`], [`shutdown`], [`telemetry`]: time, what the system allows, stopping, seeing.
+
+pub mod api_key;
+pub mod caller;
+pub mod channel;
+pub mod clock;
+pub mod endpoint;
+pub mod error;
+pub mod keys;
+pub mod layers;
+pub mod limits;
+pub mod membership;
+pub mod record;
+pub mod relay;
+pub mod serve;
+pub mod shutdown;
+pub mod store;
+pub mod telemetry;
+pub mod token;
+pub mod view;
+
+/// Version that members announce.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

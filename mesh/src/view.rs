@@ -1,0 +1,190 @@
+//! A live mirror of all records under a prefix: listed once, then followed by a watch. Readers ask memory.
+//!
+//! When the watch ends, for whatever reason, the mirror goes on from the last revision it saw; when that is compacted,
+//! or on a record that cannot be read, it lists anew. What it shows lags the store by milliseconds: whoever decides by
+//! it must compare-and-set.
+
+use std::{collections::BTreeMap, marker::PhantomData, sync::Arc, time::Duration};
+
+use futures_util::StreamExt as _;
+use parking_lot::RwLock;
+use prost::Message;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    record,
+    store::{Event, Revision, SharedStore, StoreError},
+};
+
+/// Pause before a broken watch is tried again.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Records by key, with the revisions that wrote them.
+type Records<M> = BTreeMap<String, (Revision, Arc<M>)>;
+
+/// The mirror. Clones show the same.
+pub struct View<M> {
+    shared: Arc<Shared<M>>,
+    prefix: &'static str,
+}
+
+struct Shared<M> {
+    records: RwLock<Records<M>>,
+    state: watch::Sender<State>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct State {
+    revision: Revision,
+    is_current: bool,
+}
+
+impl<M> Clone for View<M> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), prefix: self.prefix }
+    }
+}
+
+impl<M> std::fmt::Debug for View<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("View")
+            .field("prefix", &self.prefix)
+            .field("state", &*self.shared.state.borrow())
+            .finish()
+    }
+}
+
+impl<M: Message + Default + Send + Sync + 'static> View<M> {
+    /// Lists the prefix, then follows it until `cancel`. What it holds when this returns is complete.
+    pub async fn start(
+        store: SharedStore,
+        prefix: &'static str,
+        cancel: CancellationToken,
+    ) -> Result<Self, StoreError> {
+        let (records, revision) = list(&store, prefix).await?;
+        let state = watch::Sender::new(State { revision, is_current: false });
+        let shared = Arc::new(Shared { records: RwLock::new(records), state });
+        let mirror = Mirror { store, prefix, shared: Arc::clone(&shared), message: PhantomData };
+        // Ends with the token, and holds nothing that anybody must wait for.
+        tokio::spawn(async move { cancel.run_until_cancelled_owned(mirror.follow(revision)).await });
+        Ok(Self { shared, prefix })
+    }
+
+    /// The record under the prefix and `id`.
+    pub fn get(&self, id: &str) -> Option<Arc<M>> {
+        let key = format!("{}{id}", self.prefix);
+        self.shared.records.read().get(&key).map(|(_, record)| Arc::clone(record))
+    }
+
+    /// All records, with their IDs, in order.
+    pub fn all(&self) -> Vec<(String, Arc<M>)> {
+        let records = self.shared.records.read();
+        records
+            .iter()
+            .map(|(key, (_, record))| (key[self.prefix.len()..].to_owned(), Arc::clone(record)))
+            .collect()
+    }
+
+    /// Whether the watch is connected. What is shown while it is not may be old.
+    pub fn is_current(&self) -> bool {
+        self.shared.state.borrow().is_current
+    }
+
+    /// Waits for the next change after this call.
+    pub async fn changed(&self) {
+        let mut state = self.shared.state.subscribe();
+        let before = state.borrow_and_update().revision;
+        // The sender lives as long as this view.
+        let _ = state.wait_for(|state| state.revision != before).await;
+    }
+
+    /// Waits until `revision` is shown: after a write of one's own that changed something under the prefix.
+    pub async fn reached(&self, revision: Revision) {
+        let mut state = self.shared.state.subscribe();
+        let _ = state.wait_for(|state| state.revision >= revision).await;
+    }
+}
+
+async fn list<M: Message + Default>(
+    store: &SharedStore,
+    prefix: &str,
+) -> Result<(Records<M>, Revision), StoreError> {
+    let (records, revision) = record::list::<M>(store.as_ref(), prefix).await?;
+    let records = records.into_iter().map(|(key, record, written)| (key, (written, Arc::new(record))));
+    Ok((records.collect(), revision))
+}
+
+/// What keeps a view current.
+struct Mirror<M> {
+    store: SharedStore,
+    prefix: &'static str,
+    shared: Arc<Shared<M>>,
+    message: PhantomData<fn() -> M>,
+}
+
+impl<M: Message + Default + Send + Sync + 'static> Mirror<M> {
+    async fn follow(self, mut seen: Revision) {
+        let mut is_told = false;
+        loop {
+            let error = match self.watch(&mut seen).await {
+                Err(error) => error,
+                Ok(()) => StoreError::Unavailable("watch ended".into()),
+            };
+            let was_current =
+                self.shared.state.send_if_modified(|state| std::mem::replace(&mut state.is_current, false));
+            if was_current || !is_told {
+                tracing::warn!(prefix = self.prefix, %error, "following the store anew");
+                is_told = true;
+            }
+            tokio::time::sleep(RETRY).await;
+            if matches!(error, StoreError::Compacted { .. } | StoreError::Corrupt(_)) {
+                match list(&self.store, self.prefix).await {
+                    Ok((records, revision)) => {
+                        *self.shared.records.write() = records;
+                        seen = revision;
+                        self.shared.state.send_modify(|state| state.revision = revision);
+                    }
+                    Err(error) => tracing::warn!(prefix = self.prefix, %error, "store cannot be listed"),
+                }
+            }
+        }
+    }
+
+    async fn watch(&self, seen: &mut Revision) -> Result<(), StoreError> {
+        let mut watch = self.store.watch(self.prefix, *seen).await?;
+        self.shared.state.send_modify(|state| state.is_current = true);
+        while let Some(events) = watch.next().await {
+            let mut revision = *seen;
+            {
+                let events = events?;
+                let mut decoded = Vec::with_capacity(events.len());
+                for event in events {
+                    revision = revision.max(event.revision());
+                    decoded.push(match event {
+                        Event::Put(entry) => {
+                            let record = record::decode::<M>(&entry)?;
+                            (entry.key, entry.mod_revision, Some(Arc::new(record)))
+                        }
+                        Event::Delete { key, revision } => (key, revision, None),
+                    });
+                }
+                // All of one revision at once: nobody sees half a transaction.
+                let mut records = self.shared.records.write();
+                for (key, changed, record) in decoded {
+                    // A long list is not of one moment: what it showed late is newer than the first changes after it.
+                    if records.get(&key).is_some_and(|(shown, _)| *shown > changed) {
+                        continue;
+                    }
+                    match record {
+                        Some(record) => records.insert(key, (changed, record)),
+                        None => records.remove(&key),
+                    };
+                }
+            }
+            *seen = revision;
+            self.shared.state.send_modify(|state| state.revision = revision);
+        }
+        Ok(())
+    }
+}
