@@ -1,0 +1,153 @@
+//! `oc.v1.FileService`: files of the guest, as root sees them.
+
+mod info;
+mod path;
+mod read;
+mod tree;
+mod write;
+
+use std::{path::PathBuf, sync::Arc};
+
+use oc_proto::v1::{
+    ListDirectoryRequest, ListDirectoryResponse, MakeDirectoryRequest, MakeDirectoryResponse,
+    ReadFileRequest, RemoveFileRequest, RemoveFileResponse, RenameFileRequest, RenameFileResponse,
+    StatFileRequest, StatFileResponse, WriteFileRequest, WriteFileResponse, file_service_server::FileService,
+};
+use tokio::{sync::Semaphore, task::spawn_blocking};
+use tonic::{Request, Response, Status, Streaming};
+
+use self::path::resolve;
+use crate::{
+    refusal::Refusal,
+    users::{self, User},
+};
+
+/// Who owns what is made, until the template has the user it should be.
+const FALLBACK: u32 = 1000;
+
+/// Files that are read at once. Each has a thread that waits for its caller, and all other calls need threads too.
+const MAX_READS: usize = 32;
+
+/// Reads and writes files.
+#[derive(Clone, Debug)]
+pub struct Files {
+    reads: Arc<Semaphore>,
+}
+
+impl Default for Files {
+    fn default() -> Self {
+        Self { reads: Arc::new(Semaphore::new(MAX_READS)) }
+    }
+}
+
+/// Owner of new files: user and group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    uid: u32,
+    gid: u32,
+}
+
+impl Owner {
+    /// The user that commands run as by default.
+    fn of_new_files() -> Self {
+        let user = users::find(users::DEFAULT).ok().flatten();
+        user.map_or(Self { uid: FALLBACK, gid: FALLBACK }, |User { uid, gid, .. }| Self { uid, gid })
+    }
+}
+
+/// Does on another thread what blocks.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    spawn_blocking(work).await.unwrap_or_else(|error| Err(Refusal::Internal.status(error.to_string())))
+}
+
+#[tonic::async_trait]
+impl FileService for Files {
+    type ReadFileStream = read::Stream;
+
+    async fn read_file(
+        &self,
+        request: Request<ReadFileRequest>,
+    ) -> Result<Response<Self::ReadFileStream>, Status> {
+        let request = request.into_inner();
+        let path = resolve(&request.path)?;
+        let (offset, limit) = read::range(request.offset, request.limit)?;
+        let Ok(room) = Arc::clone(&self.reads).try_acquire_owned() else {
+            return Err(Refusal::Overloaded.status(format!("{MAX_READS} files are being read already")));
+        };
+        let file = blocking(move || read::open(&path, offset, limit)).await?;
+        Ok(Response::new(file.stream(room)))
+    }
+
+    async fn write_file(
+        &self,
+        request: Request<Streaming<WriteFileRequest>>,
+    ) -> Result<Response<WriteFileResponse>, Status> {
+        let mut parts = request.into_inner();
+        let Some(first) = parts.message().await? else {
+            return Err(Refusal::InvalidArgument.status("the stream has no message"));
+        };
+        let (path, mode) = (resolve(&first.path)?, first.mode);
+        let mut file = blocking(move || write::Pending::begin(&path, mode, Owner::of_new_files())).await?;
+        let mut next = first.body;
+        loop {
+            if let Some(body) = next.filter(|body| !body.data.is_empty()) {
+                file = blocking(move || file.append(&body.data)).await?;
+            }
+            match parts.message().await? {
+                Some(part) => next = part.body,
+                None => break,
+            }
+        }
+        let info = blocking(move || file.commit()).await?;
+        Ok(Response::new(WriteFileResponse { info: Some(info) }))
+    }
+
+    async fn list_directory(
+        &self,
+        request: Request<ListDirectoryRequest>,
+    ) -> Result<Response<ListDirectoryResponse>, Status> {
+        let path = resolve(&request.into_inner().path)?;
+        let entries = blocking(move || tree::list(&path)).await?;
+        Ok(Response::new(ListDirectoryResponse { entries }))
+    }
+
+    async fn stat_file(
+        &self,
+        request: Request<StatFileRequest>,
+    ) -> Result<Response<StatFileResponse>, Status> {
+        let path = resolve(&request.into_inner().path)?;
+        let info = blocking(move || info::of(&path)).await?;
+        Ok(Response::new(StatFileResponse { info: Some(info) }))
+    }
+
+    async fn make_directory(
+        &self,
+        request: Request<MakeDirectoryRequest>,
+    ) -> Result<Response<MakeDirectoryResponse>, Status> {
+        let request = request.into_inner();
+        let path = resolve(&request.path)?;
+        blocking(move || tree::make(&path, request.mode, Owner::of_new_files())).await?;
+        Ok(Response::new(MakeDirectoryResponse {}))
+    }
+
+    async fn remove_file(
+        &self,
+        request: Request<RemoveFileRequest>,
+    ) -> Result<Response<RemoveFileResponse>, Status> {
+        let path: PathBuf = resolve(&request.into_inner().path)?;
+        blocking(move || tree::remove(&path)).await?;
+        Ok(Response::new(RemoveFileResponse {}))
+    }
+
+    async fn rename_file(
+        &self,
+        request: Request<RenameFileRequest>,
+    ) -> Result<Response<RenameFileResponse>, Status> {
+        let request = request.into_inner();
+        let (from, to) = (resolve(&request.from)?, resolve(&request.to)?);
+        blocking(move || tree::rename(&from, &to)).await?;
+        Ok(Response::new(RenameFileResponse {}))
+    }
+}

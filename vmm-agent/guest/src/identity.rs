@@ -1,0 +1,125 @@
+//! `oc.mesh.v1.GuestService`: who the guest is, and its snapshots.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use oc_proto::mesh::{
+    ActivateRequest, ActivateResponse, QuiesceRequest, QuiesceResponse, guest_service_server::GuestService,
+};
+use tokio::{
+    task::{AbortHandle, spawn_blocking},
+    time::sleep,
+};
+use tonic::{Request, Response, Status};
+
+use crate::{boot, clock, freeze::Layer, refusal::Refusal};
+
+/// Entropy that a clone must be given at least, bytes.
+const MIN_ENTROPY: usize = 32;
+/// The longest that a guest stays frozen by itself, milliseconds.
+const MAX_FROZEN_MS: i32 = 60_000;
+
+/// What the host has told the guest.
+#[derive(Clone, Debug, Default)]
+pub struct Identity(Arc<Mutex<HashMap<String, String>>>);
+
+impl Identity {
+    /// The environment that every command has.
+    pub fn envs(&self) -> HashMap<String, String> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Answers the host.
+#[derive(Debug)]
+pub struct Guest {
+    identity: Identity,
+    layer: Layer,
+    thaw: Mutex<Option<AbortHandle>>,
+}
+
+impl Guest {
+    /// A guest whose writes go to `layer`.
+    pub fn new(identity: Identity, layer: Layer) -> Self {
+        Self { identity, layer, thaw: Mutex::new(None) }
+    }
+
+    fn plan_thaw(&self, thaw: Option<AbortHandle>) {
+        let before = std::mem::replace(&mut *self.thaw.lock().unwrap_or_else(PoisonError::into_inner), thaw);
+        if let Some(before) = before {
+            before.abort();
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl GuestService for Guest {
+    async fn activate(
+        &self,
+        request: Request<ActivateRequest>,
+    ) -> Result<Response<ActivateResponse>, Status> {
+        let request = request.into_inner();
+        if request.entropy.len() < MIN_ENTROPY {
+            return Err(Refusal::InvalidArgument.status(format!("entropy is less than {MIN_ENTROPY} bytes")));
+        }
+        self.plan_thaw(None);
+        *self.identity.lock() = request.envs.clone();
+        self.layer.thaw();
+        let failed = |error: io::Error| Refusal::Internal.status(error.to_string());
+        // On this thread: no step waits, and a clone has no other yet that would know its code.
+        let kernel = renew(&request).map_err(failed)?;
+        let mib = u64::try_from(request.disk_mb).unwrap_or_default();
+        if self.layer.is_smaller(mib).map_err(failed)? {
+            let layer = self.layer.clone();
+            let grown = spawn_blocking(move || layer.grow(mib)).await;
+            grown.map_err(|error| Refusal::Internal.status(error.to_string()))?.map_err(failed)?;
+        }
+        Ok(Response::new(ActivateResponse { version: env!("CARGO_PKG_VERSION").into(), kernel }))
+    }
+
+    async fn quiesce(&self, request: Request<QuiesceRequest>) -> Result<Response<QuiesceResponse>, Status> {
+        let after = request.into_inner().thaw_after_ms.clamp(0, MAX_FROZEN_MS);
+        let layer = self.layer.clone();
+        let ready = spawn_blocking(move || if after == 0 { layer.write_back() } else { layer.freeze() });
+        ready
+            .await
+            .map_err(|error| Refusal::Internal.status(error.to_string()))?
+            .map_err(|error| Refusal::Internal.status(format!("cannot quiesce: {error}")))?;
+        if after == 0 {
+            return Ok(Response::new(QuiesceResponse {}));
+        }
+        let layer = self.layer.clone();
+        let thaw = tokio::spawn(async move {
+            sleep(Duration::from_millis(u64::from(after.unsigned_abs()))).await;
+            layer.thaw();
+        });
+        self.plan_thaw(Some(thaw.abort_handle()));
+        Ok(Response::new(QuiesceResponse {}))
+    }
+}
+
+/// Makes this guest another than every clone of the same snapshot. Returns the kernel's release.
+fn renew(request: &ActivateRequest) -> io::Result<String> {
+    clock::set(request.unix_time_ns)?;
+    clock::add_randomness(&request.entropy)?;
+    nix::unistd::sethostname(&request.hostname)?;
+    if !request.sandbox_id.is_empty() {
+        fs::write(boot::MACHINE_ID, machine_id()?)?;
+    }
+    Ok(nix::sys::utsname::uname()?.release().to_string_lossy().into_owned())
+}
+
+/// 32 hexadecimal digits and a line end, from the kernel's renewed generator.
+fn machine_id() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    Ok(format!("{:032x}\n", u128::from_be_bytes(bytes)))
+}

@@ -1,0 +1,24 @@
+//! The guest: PID 1 of a microVM.
+//!
+//! ```text
+//!   kernel ─▶ /init (this) ── boot: mounts, overlay, root ─▶ port oc.guest ─▶ sessions ─▶ gRPC
+//!                                                                                ├ exec    commands
+//!                                                                                ├ files
+//!                                                                                └ guest   activate, quiesce
+//! ```
+//!
+//! It is linked statically, runs on one thread (blocking file calls on others), and never ends: what fails before the
+//! services answer is written to the console and powers the machine off, what fails later is an error of one call.
+
+pub mod boot;
+mod cancel;
+pub mod children;
+pub mod clock;
+pub mod exec;
+pub mod files;
+pub mod freeze;
+pub mod identity;
+pub mod port;
+pub mod refusal;
+pub mod serve;
+pub mod users;

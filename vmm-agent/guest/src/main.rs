@@ -1,0 +1,33 @@
+//! `/init` of a microVM.
+
+use std::{process::ExitCode, time::Duration};
+
+use nix::sys::reboot::{RebootMode, reboot};
+
+fn main() -> ExitCode {
+    let Err(error) = run();
+    // The console's last lines are what the host's agent reports.
+    eprintln!("oc-guest: {error}");
+    nix::unistd::sync();
+    if std::process::id() == 1 {
+        let _ = reboot(RebootMode::RB_POWER_OFF);
+    }
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
+    if std::process::id() != 1 {
+        return Err("it is PID 1 of a microVM, or nothing".into());
+    }
+    let disk = oc_guest::boot::boot()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // A clone finds its snapshot's threads waiting: making one costs an emulated guest milliseconds.
+        .thread_keep_alive(Duration::MAX)
+        .build()?;
+    runtime.block_on(async {
+        oc_guest::children::reap_forever()?;
+        let port = oc_guest::port::Port::open().await?;
+        oc_guest::serve::serve(port, disk).await
+    })
+}

@@ -1,0 +1,120 @@
+//! The guest's services, on one session of the port after the other.
+
+use std::{
+    convert::Infallible,
+    error::Error,
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use oc_guest_link::{GuestPort, GuestSession};
+use oc_proto::{
+    mesh::guest_service_server::GuestServiceServer,
+    v1::{exec_service_server::ExecServiceServer, file_service_server::FileServiceServer},
+};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::{Server, server::Connected};
+use tower::util::MapRequestLayer;
+
+use crate::{
+    cancel::broken_off_is_an_error,
+    exec::Exec,
+    files::Files,
+    freeze::Layer,
+    identity::{Guest, Identity},
+};
+
+/// What the host may send on a stream before we read on.
+const STREAM_WINDOW: u32 = 2 << 20;
+/// The same for all streams: no bound, or uploads that nobody writes down would take the room of other calls.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+/// Larger frames mean fewer of them; each costs an emulated guest dearly.
+const MAX_FRAME: u32 = 512 << 10;
+/// Calls at once.
+const MAX_CALLS: u32 = 1024;
+/// A message that comes in: 1 MiB of a file or of standard input, and what goes with it.
+const MAX_MESSAGE: usize = 2 << 20;
+
+/// Serves for ever.
+///
+/// # Errors
+///
+/// If the port breaks.
+pub async fn serve<I>(port: I, layer: Layer) -> Result<Infallible, Box<dyn Error>>
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let identity = Identity::default();
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let guest = GuestServiceServer::new(Guest::new(identity.clone(), layer));
+    let exec = ExecServiceServer::new(Exec::new(identity)).max_decoding_message_size(MAX_MESSAGE);
+    let files = FileServiceServer::new(Files::default()).max_decoding_message_size(MAX_MESSAGE);
+    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    let mut port = GuestPort::new(port);
+    let sessions =
+        futures_util::stream::poll_fn(move |context| port.poll_accept(context).map_ok(Session).map(Some));
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_concurrent_streams(MAX_CALLS)
+        .layer(MapRequestLayer::new(broken_off_is_an_error))
+        .add_service(health)
+        .add_service(guest)
+        .add_service(exec)
+        .add_service(files)
+        .serve_with_incoming(sessions)
+        .await?;
+    Err("the port has ended".into())
+}
+
+/// A session, as tonic wants a connection.
+#[derive(Debug)]
+struct Session<I>(GuestSession<I>);
+
+impl<I> Connected for Session<I> {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Session<I> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(context, buffer)
+    }
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Session<I> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, buffer)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(context, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
