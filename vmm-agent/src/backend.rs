@@ -1,0 +1,92 @@
+//! What the lifecycle needs of the part that drives VMMs: the seam at which tests put a host without any.
+//!
+
+use std::fmt::Debug;
+
+use futures_util::future::BoxFuture;
+use tonic::{Status, body::Body};
+use tower::util::BoxCloneSyncService;
+
+use crate::microvm::{Kind, MakeError};
+
+/// The way to a guest: gRPC calls, as many at a time as wanted. Works as long as the VM runs.
+pub type Guest = BoxCloneSyncService<http::Request<Body>, http::Response<Body>, Status>;
+
+/// Makes VMs of one host, and finds those that were made before.
+#[tonic::async_trait]
+pub trait Backend: Debug + Send + Sync + 'static {
+    /// What runs the guests' instructions: `kvm` or `tcg`.
+    fn accelerator(&self) -> &'static str;
+
+    /// The VMM and its version.
+    fn vmm(&self) -> String;
+
+    /// Templates that this host can start.
+    fn templates(&self) -> Vec<String>;
+
+    /// Readies the golden snapshot of `kind`, which takes a boot the first time. Many may wait for the same one.
+    async fn golden(&self, kind: &Kind) -> Result<(), MakeError>;
+
+    /// Names everything that looks like a VM: homes, cgroups, processes.
+    async fn existing(&self) -> Result<Vec<String>, MakeError>;
+
+    /// A handle to the VM called `vm`, however much or little of it there is.
+    fn open(&self, vm: &str) -> Box<dyn Instance>;
+
+    /// Removes what belongs to no VM: what the host's VMs share. For a host that ends for good.
+    async fn clean_up(&self) -> Result<(), MakeError>;
+}
+
+/// What becomes of a VM that nobody has told to halt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// It runs.
+    Runs,
+    /// Its VMM has halted it because the host's disk took no more. It goes on from there once it is resumed.
+    DiskFull,
+    /// Its VMM has halted it for good: why.
+    Stopped(String),
+}
+
+/// One VM of a backend. Every call may be dropped half-way: [`Instance::destroy`] removes whatever there is then.
+#[tonic::async_trait]
+pub trait Instance: Debug + Send + Sync + 'static {
+    /// Makes its home; nothing runs yet.
+    async fn create(&mut self) -> Result<(), MakeError>;
+
+    /// Starts a clone of the golden snapshot of `kind`. It is paused then.
+    async fn restore(&mut self, kind: &Kind) -> Result<(), MakeError>;
+
+    /// Boots `kind`. Its guest answers then.
+    async fn boot(&mut self, kind: &Kind) -> Result<(), MakeError>;
+
+    /// Takes over the process that an earlier agent started. `false` if it is gone.
+    async fn adopt(&mut self) -> Result<bool, MakeError>;
+
+    /// Lets a paused VM go on.
+    async fn resume(&self) -> Result<(), MakeError>;
+
+    /// Halts a VM that runs.
+    async fn pause(&self) -> Result<(), MakeError>;
+
+    /// How a VM fares that was let go on.
+    async fn condition(&self) -> Result<Condition, MakeError>;
+
+    /// Grows the device of the writable filesystem to `disk_mb` MiB; one that is larger stays as it is.
+    async fn grow_disk(&self, disk_mb: u32) -> Result<(), MakeError>;
+
+    /// The way to its guest, once it was started or adopted.
+    fn guest(&self) -> Option<Guest>;
+
+    /// Completes when the VM's process has ended; never, if none was started.
+    fn exit(&self) -> BoxFuture<'static, ()>;
+
+    /// Ends the VM's process and waits until it is gone. Its home stays.
+    async fn kill(&mut self) -> Result<(), MakeError>;
+
+    /// Ends every process of the VM and removes all that it had on this host. May be repeated.
+    async fn destroy(&mut self) -> Result<(), MakeError>;
+
+    /// The last lines of the guest's console.
+    fn console_tail(&self) -> String;
+}

@@ -1,0 +1,327 @@
+//! What the agent is told at its start. Parsed by clap, then checked as a whole, then plain data.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use clap::{Parser, ValueEnum};
+use oc_mesh::endpoint::Endpoint;
+
+use crate::{
+    capacity::{self, Limits},
+    microvm::Kind,
+    pool,
+};
+
+/// Memory that a waiting clone and what a sandbox soon makes of it take together, MiB: what the pool's size is
+/// made for where none is given.
+const CLONE_BUDGET_MB: u64 = 256;
+/// A waiting clone of a 1024 MiB guest takes 26 to 36 MiB (measured); this leaves room for the warm-up.
+const WAITING_CLONE_MB: u64 = 64;
+/// The pool is no larger than this unless told.
+const DEFAULT_POOL: u64 = 24;
+/// What most sandboxes are: the size a create gets that names none.
+const DEFAULT_KIND: (&str, u32, u32) = ("base", 1, 1024);
+
+/// The microVMs of one host.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "oc-vmm-agent", version, about)]
+pub struct Args {
+    /// Record store: `file:///path/store.db` or `etcd://host:port`.
+    #[arg(long, env = "OC_STORE", required_unless_present = "cleanup")]
+    pub store: Option<String>,
+    /// Where to serve: `unix:///path` or `tcp://ip:port`.
+    #[arg(long, env = "OC_AGENT_LISTEN", required_unless_present = "cleanup")]
+    pub listen: Option<Endpoint>,
+    /// Name of this host, unique in the mesh.
+    #[arg(long, env = "OC_HOST_ID")]
+    pub host_id: String,
+    /// Where everything that the agent makes lies.
+    #[arg(long, env = "OC_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// Where the templates lie.
+    #[arg(long, env = "OC_IMAGE_DIR", default_value = "/var/cache/opencomputer/images")]
+    pub image_dir: PathBuf,
+    /// The guest's PID 1; `oc-init` beside this program where absent.
+    #[arg(long, env = "OC_GUEST_BINARY")]
+    pub guest_binary: Option<PathBuf>,
+    /// Clones of the default kind that wait in the pool; by the host's memory where absent.
+    #[arg(long, env = "OC_POOL_SIZE")]
+    pub pool_size: Option<usize>,
+    /// Further kinds that wait in the pool: `TEMPLATE:CPUS:MEMORY_MIB=COUNT`.
+    #[arg(long = "pool", env = "OC_POOL", value_delimiter = ',', value_name = "KIND=COUNT")]
+    pub pools: Vec<PoolSpec>,
+    /// Sandboxes at most; by the host's memory where absent.
+    #[arg(long, env = "OC_MAX_SANDBOXES")]
+    pub max_sandboxes: Option<u32>,
+    /// Memory that must stay available on the host, MiB.
+    #[arg(long, env = "OC_MEMORY_RESERVE_MB", default_value_t = 768)]
+    pub memory_reserve_mb: u64,
+    /// Disk space that must stay free, MiB.
+    #[arg(long, env = "OC_DISK_RESERVE_MB", default_value_t = 2048)]
+    pub disk_reserve_mb: u64,
+    /// How many times the host's memory may be promised to guests: clones share what they do not change.
+    #[arg(long, env = "OC_MEMORY_OVERCOMMIT", default_value_t = 8)]
+    pub memory_overcommit: u32,
+    /// What runs the guests' instructions.
+    #[arg(long, env = "OC_ACCELERATOR", value_enum, default_value_t = AcceleratorChoice::Auto)]
+    pub accelerator: AcceleratorChoice,
+    /// Boot every sandbox: no golden snapshots, no clones, no pool.
+    #[arg(long, env = "OC_NO_SNAPSHOTS")]
+    pub no_snapshots: bool,
+    /// Where this host stands: shown to users as their sandbox's region.
+    #[arg(long, env = "OC_REGION", default_value = "local")]
+    pub region: String,
+    /// Ends every VM of this host, removes all that agents have made in the data directory, and exits.
+    #[arg(long)]
+    pub cleanup: bool,
+}
+
+/// What runs the guests' instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AcceleratorChoice {
+    /// KVM if it really boots a guest, else software emulation.
+    Auto,
+    /// Hardware virtualisation.
+    Kvm,
+    /// Software emulation.
+    Tcg,
+}
+
+/// How many clones of a kind wait in the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolSpec {
+    /// Template and size.
+    pub kind: Kind,
+    /// How many.
+    pub count: usize,
+}
+
+impl FromStr for PoolSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || {
+            let (kind, count) = text.split_once('=')?;
+            let [template, cpus, memory_mb] = kind.split(':').collect::<Vec<_>>().try_into().ok()?;
+            let kind = Kind {
+                template: template.to_owned(),
+                cpu_count: cpus.parse().ok().filter(|&cpus| cpus > 0)?,
+                memory_mb: memory_mb.parse().ok().filter(|&mb| mb > 0)?,
+            };
+            (!template.is_empty()).then_some(())?;
+            Some(Self { kind, count: count.parse().ok()? })
+        };
+        parse().ok_or_else(|| format!("{text:?} is not of the form TEMPLATE:CPUS:MEMORY_MIB=COUNT"))
+    }
+}
+
+/// The agent's configuration, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Record store.
+    pub store: String,
+    /// Where to serve.
+    pub listen: Endpoint,
+    /// Name of this host.
+    pub host_id: String,
+    /// Where everything that the agent makes lies.
+    pub data_dir: PathBuf,
+    /// Where the templates lie.
+    pub image_dir: PathBuf,
+    /// The guest's PID 1.
+    pub guest_binary: PathBuf,
+    /// What the pool holds and leaves.
+    pub pool: pool::Settings,
+    /// What the host takes at most.
+    pub limits: Limits,
+    /// Guest memory that may be promised, MiB.
+    pub memory_capacity_mb: u64,
+    /// What runs the guests' instructions.
+    pub accelerator: AcceleratorChoice,
+    /// Whether sandboxes are clones of golden snapshots; else each is booted.
+    pub snapshots: bool,
+    /// Where this host stands.
+    pub region: String,
+}
+
+/// A configuration that cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A value does not fit.
+    #[error("{option}: {problem}")]
+    Invalid {
+        /// The option.
+        option: &'static str,
+        /// What is wrong, and what would do.
+        problem: String,
+    },
+    /// The host does not say what it has.
+    #[error("cannot measure this host")]
+    Host(#[source] std::io::Error),
+}
+
+fn invalid(option: &'static str, problem: impl Into<String>) -> ConfigError {
+    ConfigError::Invalid { option, problem: problem.into() }
+}
+
+impl Config {
+    /// Checks the arguments and fills in what depends on the host.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] names the option.
+    pub fn new(args: Args) -> Result<Self, ConfigError> {
+        let host_id = checked_host_id(&args.host_id)?;
+        let data_dir = absolute("--data-dir", &args.data_dir)?;
+        let guest_binary = match args.guest_binary {
+            Some(path) => path,
+            None => beside_this_program("oc-init").map_err(ConfigError::Host)?,
+        };
+        if !guest_binary.is_file() {
+            return Err(invalid("--guest-binary", format!("there is no file {}", guest_binary.display())));
+        }
+        let total_mb = capacity::memory_total_mb().map_err(ConfigError::Host)?;
+        let available_mb = capacity::memory_available_mb().map_err(ConfigError::Host)?;
+        if args.memory_reserve_mb >= total_mb {
+            return Err(invalid("--memory-reserve-mb", format!("this host has {total_mb} MiB in all")));
+        }
+        let limits = Limits {
+            max_sandboxes: match args.max_sandboxes {
+                Some(max) => max as usize,
+                // A sandbox at rest takes a quarter of that; a busy one may take more.
+                None => as_count(total_mb / 128),
+            },
+            memory_reserve_mb: args.memory_reserve_mb,
+            disk_reserve_mb: args.disk_reserve_mb,
+        };
+        let by_memory = available_mb.saturating_sub(args.memory_reserve_mb) / CLONE_BUDGET_MB;
+        let (template, cpu_count, memory_mb) = DEFAULT_KIND;
+        let default = PoolSpec {
+            kind: Kind { template: template.to_owned(), cpu_count, memory_mb },
+            count: args.pool_size.unwrap_or_else(|| as_count(by_memory.min(DEFAULT_POOL))),
+        };
+        let mut shelves: Vec<(Kind, usize)> = Vec::new();
+        // What was asked for by name stands before what is there by default.
+        for spec in args.pools.into_iter().chain([default]) {
+            if !shelves.iter().any(|(kind, _)| *kind == spec.kind) {
+                shelves.push((spec.kind, spec.count));
+            }
+        }
+        if args.no_snapshots {
+            shelves.clear();
+        }
+        let pool = pool::Settings {
+            shelves,
+            parallel: std::thread::available_parallelism().map_or(1, Into::into),
+            memory_reserve_mb: args.memory_reserve_mb,
+            clone_mb: WAITING_CLONE_MB,
+            disk_reserve_mb: args.disk_reserve_mb,
+            data_dir: data_dir.clone(),
+        };
+        Ok(Self {
+            store: args.store.ok_or_else(|| invalid("--store", "is needed"))?,
+            listen: args.listen.ok_or_else(|| invalid("--listen", "is needed"))?,
+            host_id,
+            data_dir,
+            image_dir: absolute("--image-dir", &args.image_dir)?,
+            guest_binary,
+            pool,
+            limits,
+            memory_capacity_mb: total_mb.saturating_mul(u64::from(args.memory_overcommit.max(1))),
+            accelerator: args.accelerator,
+            snapshots: !args.no_snapshots,
+            region: args.region,
+        })
+    }
+}
+
+/// Checks a host's name: it becomes part of record keys and of cgroup names.
+///
+/// # Errors
+///
+/// [`ConfigError`] unless it is 1 to 63 letters, digits, hyphens and dots and begins with none of the latter.
+pub fn checked_host_id(text: &str) -> Result<String, ConfigError> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.' || b == b'_';
+    let fits = (1..=63).contains(&text.len()) && text.bytes().all(plain);
+    if fits && text.as_bytes()[0].is_ascii_alphanumeric() {
+        Ok(text.to_owned())
+    } else {
+        Err(invalid(
+            "--host-id",
+            "want 1 to 63 letters, digits, `-`, `_` and `.`, the first a letter or digit",
+        ))
+    }
+}
+
+/// Makes a path absolute: VM processes run in other directories.
+///
+/// # Errors
+///
+/// [`ConfigError`] for an empty path.
+pub fn absolute(option: &'static str, path: &Path) -> Result<PathBuf, ConfigError> {
+    std::path::absolute(path).map_err(|error| invalid(option, error.to_string()))
+}
+
+fn beside_this_program(name: &str) -> std::io::Result<PathBuf> {
+    Ok(env::current_exe()?.with_file_name(name))
+}
+
+fn as_count(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(more: &[&str]) -> Args {
+        let base =
+            ["oc-vmm-agent", "--host-id", "h", "--data-dir", "/tmp/x", "--guest-binary", "/proc/self/exe"];
+        let listen = ["--store", "file:///tmp/x/store", "--listen", "unix:///tmp/x/sock"];
+        Args::try_parse_from(base.iter().chain(&listen).chain(more)).unwrap()
+    }
+
+    #[test]
+    fn defaults_fit_the_host() {
+        let config = Config::new(args(&[])).unwrap();
+        let [(kind, count)] = &config.pool.shelves[..] else { panic!("one shelf") };
+        assert_eq!((kind.template.as_str(), kind.memory_mb), ("base", 1024));
+        assert!(*count <= 24);
+        assert!(config.limits.max_sandboxes > 0);
+    }
+
+    #[test]
+    fn a_named_kind_overrides_the_default_one() {
+        let config = Config::new(args(&["--pool", "base:1:1024=3,base:1:512=2"])).unwrap();
+        let counts: Vec<_> = config.pool.shelves.iter().map(|(kind, n)| (kind.memory_mb, *n)).collect();
+        assert_eq!(counts, [(1024, 3), (512, 2)]);
+    }
+
+    #[test]
+    fn without_snapshots_nothing_waits() {
+        let config = Config::new(args(&["--no-snapshots", "--pool", "base:1:512=2"])).unwrap();
+        assert!(!config.snapshots && config.pool.shelves.is_empty());
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        for bad in ["base=3", "base:0:512=1", ":1:512=1", "base:1:512", "base:1:512=x"] {
+            assert!(bad.parse::<PoolSpec>().is_err(), "{bad}");
+        }
+        let mut bad = args(&[]);
+        bad.host_id = "../x".into();
+        assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--host-id", .. })));
+        let bad = args(&["--memory-reserve-mb", "99999999999"]);
+        assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--memory-reserve-mb", .. })));
+    }
+
+    #[test]
+    fn cleanup_needs_no_store() {
+        let args = ["oc-vmm-agent", "--cleanup", "--host-id", "h", "--data-dir", "d"];
+        assert!(Args::try_parse_from(args).unwrap().cleanup);
+        assert!(Args::try_parse_from(&args[..1]).is_err());
+    }
+}

@@ -1,0 +1,149 @@
+//! Drives VMMs: everything that a VM is made of on this host, and nothing of what it is for.
+//!
+//! - [`vmm`]: the seam to a VMM; [`qemu`] is the one behind it, [`accelerator`] says how it runs.
+//! - [`template`], [`initramfs`], [`layer`]: what a guest boots from.
+//! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
+//! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
+//! - [`guest_link`]: the way to a guest.
+//! - [`instance`]: all of it as the lifecycle uses it.
+//! - [`durable`]: files that are whole or not there.
+//!
+//! A VM's processes, group and home are all called by the VM's name, and can be found and removed knowing nothing else.
+
+pub mod accelerator;
+pub mod cgroup;
+pub mod console;
+pub mod durable;
+pub mod golden;
+pub mod guest_link;
+pub mod home;
+pub mod initramfs;
+pub mod instance;
+pub mod layer;
+pub mod parts;
+pub mod process;
+pub mod qemu;
+pub mod running;
+pub mod template;
+pub mod vmm;
+
+use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
+
+use sha2::{Digest as _, Sha256};
+
+use self::{
+    cgroup::Cgroups,
+    golden::Goldens,
+    instance::Vm,
+    parts::{Parts, Places},
+    qemu::Qemu,
+};
+use crate::{
+    backend::{Backend, Instance},
+    config::Config,
+    microvm::{Kind, MakeError},
+};
+
+/// The VMs of one host.
+#[derive(Debug)]
+pub struct Driver {
+    places: Places,
+    cgroups: Cgroups,
+    source: Option<(Arc<Parts>, Arc<Goldens>)>,
+    snapshots: bool,
+}
+
+impl Driver {
+    /// Finds out what this host can do, and readies it.
+    ///
+    /// # Errors
+    ///
+    /// If there is no VMM, no control group, or no disk to write to.
+    pub async fn open(config: &Config) -> io::Result<Self> {
+        let templates = template::find(&config.image_dir)?;
+        let kernel = templates.first().map(template::Template::kernel);
+        let accelerator = accelerator::choose(config.accelerator, kernel.as_deref()).await?;
+        let qemu = Qemu::find(accelerator).await?;
+        let mut driver = Self::for_removal(&config.host_id, &config.data_dir)?;
+        let (places, cgroups) = (driver.places.clone(), driver.cgroups.clone());
+        let parts = Arc::new(Parts::ready(Arc::new(qemu), places, cgroups, templates, &config.guest_binary)?);
+        let goldens = Arc::new(Goldens::open(parts.clone())?);
+        driver.source = Some((parts, goldens));
+        driver.snapshots = config.snapshots;
+        Ok(driver)
+    }
+
+    /// A driver that can find and remove VMs, and needs nothing of the host for it.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no control groups.
+    pub fn for_removal(host_id: &str, data_dir: &Path) -> io::Result<Self> {
+        // Hosts of the same name may share a machine, if each has a directory of its own.
+        let place = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+        let digest = Sha256::digest(place.as_os_str().as_encoded_bytes());
+        let cgroups = Cgroups::find(&format!("{host_id}-{}", hex::encode(&digest[..4])))?;
+        Ok(Self { places: Places::of(data_dir), cgroups, source: None, snapshots: false })
+    }
+
+    /// Gives up what is being made in the background.
+    pub async fn close(&self) {
+        if let Some((_, goldens)) = &self.source {
+            goldens.close().await;
+        }
+    }
+
+    fn parts(&self) -> Option<&Parts> {
+        self.source.as_ref().map(|(parts, _)| parts.as_ref())
+    }
+}
+
+#[tonic::async_trait]
+impl Backend for Driver {
+    fn accelerator(&self) -> &'static str {
+        self.parts().map_or("none", |parts| parts.vmm.accelerator())
+    }
+
+    fn vmm(&self) -> String {
+        self.parts().map(|parts| parts.vmm.version().to_owned()).unwrap_or_default()
+    }
+
+    fn templates(&self) -> Vec<String> {
+        self.parts().map(Parts::templates).unwrap_or_default()
+    }
+
+    async fn golden(&self, kind: &Kind) -> Result<(), MakeError> {
+        let Some((parts, goldens)) = &self.source else {
+            return Err(MakeError::NoTemplate(kind.template.clone()));
+        };
+        parts.bootable(&kind.template)?;
+        if !self.snapshots {
+            return Err(MakeError::SnapshotsOff);
+        }
+        goldens.get(kind).await.map(drop)
+    }
+
+    async fn existing(&self) -> Result<Vec<String>, MakeError> {
+        let failed = |error: io::Error| MakeError::Backend(format!("cannot look for VMs: {error}"));
+        let mut names: BTreeSet<String> = self.cgroups.existing().map_err(failed)?.into_iter().collect();
+        match fs::read_dir(&self.places.homes) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            entries => {
+                for entry in entries.map_err(failed)? {
+                    names.insert(entry.map_err(failed)?.file_name().to_string_lossy().into_owned());
+                }
+            }
+        }
+        Ok(names.into_iter().collect())
+    }
+
+    fn open(&self, vm: &str) -> Box<dyn Instance> {
+        let home = home::Home::of(&self.places.homes, vm);
+        Box::new(Vm::new(home, self.cgroups.of(vm), self.source.clone()))
+    }
+
+    async fn clean_up(&self) -> Result<(), MakeError> {
+        let removed = self.places.remove().and_then(|()| self.cgroups.clean_up());
+        removed.map_err(|error| MakeError::Backend(format!("cannot clean up: {error}")))
+    }
+}

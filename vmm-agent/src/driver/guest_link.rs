@@ -1,0 +1,135 @@
+//! The way to a guest: HTTP/2 over the framed link over the VM's serial port, connected when it is first needed.
+
+use std::{
+    io,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use http::uri::{Authority, PathAndQuery, Scheme, Uri};
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use oc_guest_link::{HostLink, Nonce};
+use oc_mesh::channel::{CONNECTION_WINDOW, STREAM_WINDOW};
+use tokio::{net::UnixStream, sync::Mutex};
+use tonic::{Status, body::Body};
+use tower::Service;
+
+use super::home::{GUEST, Home};
+
+/// A guest that runs answers a handshake in a millisecond, one that boots when it is up.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
+/// Larger frames mean fewer of them; each costs the emulated guest a system call and a header.
+const MAX_FRAME: u32 = 512 << 10;
+/// Bytes that wait to be sent on a stream.
+const SEND_BUFFER: usize = 1 << 20;
+/// Headers and trailers of one answer, bytes: nothing of a guest is worth more.
+const MAX_HEADERS: u32 = 16 << 10;
+
+/// A guest's HTTP/2 service. Clones share one connection; a new one is made when it broke.
+#[derive(Clone, Debug)]
+pub struct GuestLink(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    home: Home,
+    sender: Mutex<Option<SendRequest<Body>>>,
+}
+
+impl GuestLink {
+    /// The way to the guest of the VM in `home`. Nothing is connected yet.
+    pub fn new(home: Home) -> Self {
+        Self(Arc::new(Shared { home, sender: Mutex::new(None) }))
+    }
+
+    /// Connects, if it is not yet.
+    ///
+    /// # Errors
+    ///
+    /// If the guest does not answer.
+    pub async fn connect(&self) -> io::Result<()> {
+        self.0.sender().await.map(drop)
+    }
+
+    /// Hangs up: a guest that is captured must not find half a conversation when it wakes.
+    pub async fn hang_up(&self) {
+        *self.0.sender.lock().await = None;
+    }
+}
+
+impl Shared {
+    async fn sender(&self) -> io::Result<SendRequest<Body>> {
+        // Held while connecting: there is one port, and whoever waits here wants the same connection.
+        let mut slot = self.sender.lock().await;
+        if let Some(sender) = slot.as_ref()
+            && !sender.is_closed()
+        {
+            return Ok(sender.clone());
+        }
+        // QEMU takes one connection at a time: the old one must be gone.
+        *slot = None;
+        let sender = connect(&self.home).await?;
+        *slot = Some(sender.clone());
+        Ok(sender)
+    }
+}
+
+async fn connect(home: &Home) -> io::Result<SendRequest<Body>> {
+    let stream: UnixStream = home.connect(GUEST).await?;
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).map_err(io::Error::other)?;
+    let link = HostLink::connect(stream, Nonce(nonce), ANSWERS_WITHIN).await.map_err(io::Error::other)?;
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_header_list_size(MAX_HEADERS)
+        .handshake(TokioIo::new(link))
+        .await
+        .map_err(io::Error::other)?;
+    // Ends by itself when the last sender is dropped or the VM goes.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "the connection to a guest broke");
+        }
+    });
+    Ok(sender)
+}
+
+impl Service<http::Request<Body>> for GuestLink {
+    type Response = http::Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<Self::Response, Status>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            let mut sender = shared.sender().await.map_err(lost)?;
+            *request.uri_mut() = absolute(request.uri())?;
+            *request.version_mut() = http::Version::HTTP_2;
+            let response = sender.send_request(request).await.map_err(lost)?;
+            Ok(response.map(Body::new))
+        })
+    }
+}
+
+/// HTTP/2 wants scheme and authority; on this link they say nothing.
+fn absolute(uri: &Uri) -> Result<Uri, Status> {
+    let mut parts = uri.clone().into_parts();
+    parts.scheme = Some(Scheme::HTTP);
+    parts.authority = Some(Authority::from_static("guest"));
+    parts.path_and_query.get_or_insert(PathAndQuery::from_static("/"));
+    Uri::from_parts(parts).map_err(|error| Status::internal(error.to_string()))
+}
+
+fn lost(error: impl std::fmt::Display) -> Status {
+    Status::unavailable(format!("the guest cannot be reached: {error}"))
+}

@@ -1,0 +1,178 @@
+//! A VM's home: the directory with its writable layer and the sockets that lead to it.
+//!
+//! The agent owns the directory and binds the sockets; the VM's user owns the layer only. So a VMM that was taken over by
+//! its guest can neither put another file in the place of one that the agent opens, nor reach another VM's.
+
+use std::{
+    fs::{DirBuilder, File, Permissions},
+    io,
+    os::{
+        fd::AsRawFd as _,
+        unix::{
+            fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+            net::UnixListener,
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use fs_err::{self as fs, os::unix::fs::chown};
+use sha2::{Digest as _, Sha256};
+
+use super::layer;
+
+/// First of 2^28 user IDs that nobody else uses: systemd's list of reserved ranges (UIDS-GIDS.md) leaves 1879048192 and up
+/// to 2147483647 unassigned.
+const FIRST_UID: u32 = 1_879_048_193;
+const UID_BITS: u32 = 28;
+/// Group of all VMs: it may read golden snapshots.
+pub const SNAPSHOT_GID: u32 = FIRST_UID - 1;
+
+/// The control socket's name.
+pub const CONTROL: &str = "control.sock";
+/// The name of the socket that leads to the guest's port.
+pub const GUEST: &str = "guest.sock";
+
+/// Where a VM lives. The value says nothing about what is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home {
+    dir: PathBuf,
+    uid: u32,
+}
+
+impl Home {
+    /// The home of the VM called `vm` in `homes`.
+    pub fn of(homes: &Path, vm: &str) -> Self {
+        let digest = Sha256::digest(vm.as_bytes());
+        let bits = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]) >> (32 - UID_BITS);
+        // The last one is left out, so that the sum stays inside the range.
+        Self { dir: homes.join(vm), uid: FIRST_UID + bits.min((1 << UID_BITS) - 2) }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The user, and the group of that number, that the VM's processes run as.
+    pub fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    /// Its writable layer.
+    pub fn layer(&self) -> PathBuf {
+        self.dir.join("layer.img")
+    }
+
+    /// Makes the directory.
+    ///
+    /// # Errors
+    ///
+    /// If it exists, cannot be made, or another VM has the same user: then another name will do.
+    pub fn create(&self) -> io::Result<()> {
+        DirBuilder::new().mode(0o700).create(&self.dir)?;
+        let homes = self.dir.parent().unwrap_or_else(|| Path::new("/"));
+        chown(&self.dir, Some(0), Some(self.uid))?;
+        for other in fs::read_dir(homes)? {
+            let other = other?;
+            let taken = match other.metadata() {
+                // It goes as we look.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                metadata => metadata?.gid() == self.uid,
+            };
+            if taken && other.path() != self.dir {
+                return Err(io::Error::other(format!("{:?} has the same user ID", other.file_name())));
+            }
+        }
+        // The VM's user comes in by its group, and can change nothing.
+        fs::set_permissions(&self.dir, Permissions::from_mode(0o710))
+    }
+
+    /// Puts a copy of the layer `from` into the home.
+    ///
+    /// # Errors
+    ///
+    /// If there is one already, or the disk is full.
+    pub fn add_layer(&self, from: &Path) -> io::Result<()> {
+        let layer = layer::copy(from, &self.layer())?;
+        self.give(&layer)
+    }
+
+    /// Makes an empty file that the VM's user may write.
+    ///
+    /// # Errors
+    ///
+    /// If there is one already.
+    pub fn add_file(&self, name: &str) -> io::Result<PathBuf> {
+        let path = self.dir.join(name);
+        let file = File::create_new(&path)?;
+        file.set_permissions(Permissions::from_mode(0o600))?;
+        self.give(&file)?;
+        Ok(path)
+    }
+
+    fn give(&self, file: &File) -> io::Result<()> {
+        std::os::unix::fs::fchown(file, Some(self.uid), Some(self.uid))
+    }
+
+    /// Listens at the socket called `name`; only root can connect.
+    ///
+    /// # Errors
+    ///
+    /// If it is there already.
+    pub fn listen(&self, name: &str) -> io::Result<UnixListener> {
+        let (_open, path) = self.short_path(name)?;
+        let listener = UnixListener::bind(&path)?;
+        fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+        Ok(listener)
+    }
+
+    /// Connects to the socket called `name`.
+    ///
+    /// # Errors
+    ///
+    /// If nobody listens there.
+    pub async fn connect(&self, name: &str) -> io::Result<tokio::net::UnixStream> {
+        let (_open, path) = self.short_path(name)?;
+        tokio::net::UnixStream::connect(path).await
+    }
+
+    /// A socket's path has 107 bytes at most (unix(7)), but homes may lie deep: the way through an open directory is short.
+    fn short_path(&self, name: &str) -> io::Result<(File, PathBuf)> {
+        let directory = File::open(&self.dir)?;
+        let path = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+        Ok((directory, path.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_home_leads_to_its_sockets_however_deep_it_lies() {
+        let dir = tempfile::tempdir().unwrap();
+        let homes = dir.path().join("x".repeat(200));
+        fs::create_dir(&homes).unwrap();
+        let home = Home::of(&homes, "vm-000000000001");
+        home.create().unwrap();
+        let _listener = home.listen(GUEST).unwrap();
+        home.connect(GUEST).await.unwrap();
+        assert!(home.connect(CONTROL).await.is_err());
+        assert!(home.create().is_err());
+        let metadata = home.dir().metadata().unwrap();
+        assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o777), (0, home.uid(), 0o710));
+    }
+
+    #[test]
+    fn users_are_their_vms_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::of(dir.path(), "vm-000000000001");
+        assert_ne!(home.uid(), Home::of(dir.path(), "vm-000000000002").uid());
+        assert!(home.uid() > SNAPSHOT_GID && home.uid() < 1 << 31);
+        // Somebody with the same user.
+        fs::create_dir(dir.path().join("vm-other")).unwrap();
+        chown(dir.path().join("vm-other"), None, Some(home.uid())).unwrap();
+        assert!(home.create().unwrap_err().to_string().contains("vm-other"));
+    }
+}

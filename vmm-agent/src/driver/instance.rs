@@ -1,0 +1,141 @@
+//! One VM of this host, as the lifecycle sees it.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use tower::util::BoxCloneSyncService;
+
+use super::{
+    cgroup::Cgroup,
+    durable,
+    golden::Goldens,
+    home::Home,
+    parts::Parts,
+    running::{self, CloneError, Running},
+    vmm::Memory,
+};
+use crate::{
+    backend::{Condition, Guest, Instance},
+    microvm::{Kind, MakeError},
+};
+
+/// A handle to a VM: its name leads to its home and its group, whatever is there of them.
+#[derive(Debug)]
+pub struct Vm {
+    home: Home,
+    cgroup: Cgroup,
+    /// What can make it run; absent where VMs are only removed.
+    source: Option<(Arc<Parts>, Arc<Goldens>)>,
+    running: Option<Running>,
+}
+
+impl Vm {
+    /// The VM in `home`, with the group `cgroup`.
+    pub fn new(home: Home, cgroup: Cgroup, source: Option<(Arc<Parts>, Arc<Goldens>)>) -> Self {
+        Self { home, cgroup, source, running: None }
+    }
+
+    fn source(&self) -> Result<(Arc<Parts>, Arc<Goldens>), MakeError> {
+        self.source.clone().ok_or_else(|| MakeError::Backend("this agent only removes VMs".into()))
+    }
+
+    fn running(&self) -> Result<&Running, MakeError> {
+        self.running.as_ref().ok_or_else(|| MakeError::Backend("it does not run".into()))
+    }
+}
+
+#[tonic::async_trait]
+impl Instance for Vm {
+    async fn create(&mut self) -> Result<(), MakeError> {
+        running::on_disk(&self.home, Home::create).await
+    }
+
+    async fn restore(&mut self, kind: &Kind) -> Result<(), MakeError> {
+        let (parts, goldens) = self.source()?;
+        let golden = goldens.get(kind).await?;
+        running::add_layer(&self.home, golden.layer()).await?;
+        match Running::clone_of(&golden, &parts, &self.home, &self.cgroup, kind).await {
+            Ok(vm) => self.running = Some(vm),
+            Err(CloneError::Other(error)) => return Err(error),
+            Err(error @ CloneError::Snapshot(_)) => {
+                goldens.discard(kind, &golden);
+                return Err(MakeError::Backend(error.to_string()));
+            }
+        }
+        Ok(())
+    }
+
+    async fn boot(&mut self, kind: &Kind) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
+        let layer = parts.empty_layer().await?.to_owned();
+        running::add_layer(&self.home, layer).await?;
+        self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
+        Ok(())
+    }
+
+    async fn adopt(&mut self) -> Result<bool, MakeError> {
+        let (parts, _) = self.source()?;
+        self.running = Running::adopt(&parts, &self.home, &self.cgroup).await?;
+        Ok(self.running.is_some())
+    }
+
+    async fn resume(&self) -> Result<(), MakeError> {
+        Ok(self.running()?.machine.resume().await?)
+    }
+
+    async fn pause(&self) -> Result<(), MakeError> {
+        Ok(self.running()?.machine.pause().await?)
+    }
+
+    async fn condition(&self) -> Result<Condition, MakeError> {
+        Ok(self.running()?.machine.condition().await?)
+    }
+
+    async fn grow_disk(&self, disk_mb: u32) -> Result<(), MakeError> {
+        let wanted = u64::from(disk_mb) << 20;
+        let layer = self.home.layer();
+        let size = running::on_disk(&self.home, move |_| Ok(layer.metadata()?.len())).await?;
+        if wanted > size {
+            self.running()?.machine.grow_layer(wanted).await?;
+        }
+        Ok(())
+    }
+
+    fn guest(&self) -> Option<Guest> {
+        self.running.as_ref().map(|running| BoxCloneSyncService::new(running.link.clone()))
+    }
+
+    fn exit(&self) -> BoxFuture<'static, ()> {
+        match &self.running {
+            Some(running) => running.process.exit(),
+            None => Box::pin(std::future::pending()),
+        }
+    }
+
+    async fn kill(&mut self) -> Result<(), MakeError> {
+        match &self.running {
+            Some(running) => {
+                running.process.kill().await.map_err(|error| MakeError::Backend(error.to_string()))
+            }
+            // One that could not be taken over may run all the same.
+            None => self.cgroup.kill().await.map_err(|error| MakeError::Backend(error.to_string())),
+        }
+    }
+
+    async fn destroy(&mut self) -> Result<(), MakeError> {
+        // Its child is reaped by whoever holds it; the group has what else there may be.
+        self.kill().await?;
+        self.cgroup
+            .destroy()
+            .await
+            .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
+        running::on_disk(&self.home, |home| durable::remove(home.dir())).await?;
+        self.running = None;
+        Ok(())
+    }
+
+    fn console_tail(&self) -> String {
+        let console = self.running.as_ref().and_then(|running| running.console.as_ref());
+        console.map(super::console::Console::tail).unwrap_or_default()
+    }
+}

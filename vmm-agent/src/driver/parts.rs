@@ -1,0 +1,210 @@
+//! What all VMs of a host are made of.
+
+use std::{
+    collections::BTreeMap,
+    fs::{DirBuilder, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use fs_err as fs;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::OnceCell;
+
+use super::{
+    cgroup::{Cgroup, Cgroups, Limits},
+    durable,
+    home::Home,
+    initramfs::{self, Initramfs},
+    layer,
+    template::Template,
+    vmm::Vmm,
+};
+use crate::microvm::{Kind, MakeError};
+
+/// Threads of a VMM: its CPUs, and up to 64 of its block layer.
+const MAX_THREADS: u32 = 128;
+/// CPU time for a VMM's devices beside its CPUs, thousandths of one CPU.
+const DEVICE_MILLIS: u64 = 500;
+
+/// The directories of a host's driver.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The VMs' homes.
+    pub homes: PathBuf,
+    /// Golden snapshots.
+    pub goldens: PathBuf,
+    /// What can be made again.
+    pub cache: PathBuf,
+}
+
+impl Places {
+    /// Below `data_dir`.
+    pub fn of(data_dir: &Path) -> Self {
+        Self { homes: data_dir.join("vms"), goldens: data_dir.join("golden"), cache: data_dir.join("cache") }
+    }
+
+    /// Makes them, passable for the VMs' users.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be made.
+    pub fn create(&self) -> io::Result<()> {
+        for dir in [&self.homes, &self.goldens, &self.cache] {
+            DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
+            fs::set_permissions(dir, Permissions::from_mode(0o711))?;
+        }
+        Ok(())
+    }
+
+    /// Removes them, with all that is in them.
+    ///
+    /// # Errors
+    ///
+    /// If something resists.
+    pub fn remove(&self) -> io::Result<()> {
+        [&self.goldens, &self.cache, &self.homes].into_iter().try_for_each(|dir| durable::remove(dir))
+    }
+}
+
+/// A template with what it takes to start it.
+#[derive(Clone, Debug)]
+pub struct Bootable {
+    /// The template.
+    pub template: Template,
+    /// Its initramfs, with our guest binary.
+    pub initramfs: Initramfs,
+    /// Digest of everything that a snapshot of it depends on.
+    pub snapshot_key: String,
+}
+
+/// What all VMs of a host are made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The VMM.
+    pub vmm: Arc<dyn Vmm>,
+    /// Where things lie.
+    pub places: Places,
+    /// The VMs' groups.
+    pub cgroups: Cgroups,
+    bootables: BTreeMap<String, Bootable>,
+    empty_layer: OnceCell<PathBuf>,
+}
+
+impl Parts {
+    /// Readies the parts: makes the initramfs of each template.
+    ///
+    /// # Errors
+    ///
+    /// If the disk or the host's control groups do not permit.
+    pub fn ready(
+        vmm: Arc<dyn Vmm>,
+        places: Places,
+        cgroups: Cgroups,
+        templates: Vec<Template>,
+        guest_binary: &Path,
+    ) -> io::Result<Self> {
+        places.create()?;
+        cgroups.prepare()?;
+        let mut bootables = BTreeMap::new();
+        for template in templates {
+            let initramfs = initramfs::ensure(&places.cache, &template, guest_binary)?;
+            let snapshot_key = snapshot_key(&template, &initramfs, vmm.as_ref())?;
+            bootables.insert(template.name.clone(), Bootable { template, initramfs, snapshot_key });
+        }
+        let parts = Self { vmm, places, cgroups, bootables, empty_layer: OnceCell::new() };
+        parts.sweep_cache()?;
+        Ok(parts)
+    }
+
+    /// The names of the templates.
+    pub fn templates(&self) -> Vec<String> {
+        self.bootables.keys().cloned().collect()
+    }
+
+    /// All templates.
+    pub fn bootables(&self) -> impl Iterator<Item = &Bootable> {
+        self.bootables.values()
+    }
+
+    /// The template called `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::NoTemplate`].
+    pub fn bootable(&self, name: &str) -> Result<&Bootable, MakeError> {
+        self.bootables.get(name).ok_or_else(|| MakeError::NoTemplate(name.to_owned()))
+    }
+
+    /// The home of the VM called `vm`.
+    pub fn home(&self, vm: &str) -> Home {
+        Home::of(&self.places.homes, vm)
+    }
+
+    /// Makes a group for a VM of `kind`.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::Backend`] if the host does not permit.
+    pub fn create_group(&self, cgroup: &Cgroup, kind: &Kind) -> Result<(), MakeError> {
+        let limits = Limits {
+            memory_bytes: (u64::from(kind.memory_mb) << 20) + self.vmm.overhead_bytes(),
+            cpu_millis: u64::from(kind.cpu_count) * 1000 + DEVICE_MILLIS,
+            pids: MAX_THREADS + kind.cpu_count,
+        };
+        cgroup
+            .create(limits)
+            .map_err(|error| MakeError::Backend(format!("cannot make a control group: {error}")))
+    }
+
+    /// An empty writable layer, made once.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be made.
+    pub async fn empty_layer(&self) -> Result<&Path, MakeError> {
+        let make = || async {
+            let path = self.places.cache.join("layer.img");
+            let target = path.clone();
+            let made = tokio::task::spawn_blocking(move || {
+                if target.try_exists()? {
+                    return Ok(());
+                }
+                let draft = durable::draft_of(&target);
+                durable::remove(&draft)?;
+                layer::format(&draft)?;
+                fs::File::open(&draft)?.sync_all()?;
+                durable::rename(&draft, &target)
+            });
+            let made: io::Result<()> = made.await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+            made.map(|()| path)
+                .map_err(|error| MakeError::Backend(format!("cannot make an empty layer: {error}")))
+        };
+        self.empty_layer.get_or_try_init(make).await.map(PathBuf::as_path)
+    }
+
+    fn sweep_cache(&self) -> io::Result<()> {
+        let current: Vec<_> =
+            self.bootables.values().map(|bootable| bootable.initramfs.path.clone()).collect();
+        for entry in fs::read_dir(&self.places.cache)? {
+            let path = entry?.path();
+            if !current.contains(&path) && !path.ends_with("layer.img") {
+                durable::remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn snapshot_key(template: &Template, initramfs: &Initramfs, vmm: &dyn Vmm) -> io::Result<String> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+    let cpu = cpuinfo.lines().find(|line| line.starts_with("model name")).unwrap_or_default();
+    let mut digest = Sha256::new();
+    for part in [&template.digest, &initramfs.digest, &vmm.snapshot_key(), cpu] {
+        digest.update(part.as_bytes());
+        digest.update([0]);
+    }
+    Ok(hex::encode(&digest.finalize()[..8]))
+}

@@ -1,0 +1,91 @@
+//! A VM's process, held by a pidfd: no other process is ever taken for it, and it need not be a child of the agent.
+
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use rustix::{
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::timeout,
+};
+
+/// A process that was killed ends when its memory is given back.
+const ENDS_WITHIN: Duration = Duration::from_secs(20);
+
+/// A process that runs, or did.
+#[derive(Clone, Debug)]
+pub struct Process {
+    fd: Arc<AsyncFd<OwnedFd>>,
+}
+
+impl Process {
+    /// Takes hold of the process `pid`. The caller makes sure afterwards that it is the one it means.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+        let fd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+        // SAFETY: `OwnedFd` is one descriptor that stays open, and the same, until it is dropped.
+        #[allow(unsafe_code)]
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE)? };
+        Ok(Self { fd: Arc::new(fd) })
+    }
+
+    /// Completes when the process has ended.
+    pub fn exit(&self) -> BoxFuture<'static, ()> {
+        let fd = self.fd.clone();
+        Box::pin(async move {
+            // pidfd_open(2): readable once the process has ended, for ever.
+            if let Err(error) = fd.readable().await {
+                tracing::error!(%error, "cannot wait for a process");
+                return std::future::pending().await;
+            }
+            reap(&fd);
+        })
+    }
+
+    /// Ends it and waits until it is gone.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end in time.
+    pub async fn kill(&self) -> io::Result<()> {
+        match pidfd_send_signal(self.fd.get_ref(), Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
+        timeout(ENDS_WITHIN, self.exit()).await.map_err(|_| io::ErrorKind::TimedOut.into())
+    }
+}
+
+/// Takes the exit status if it is a child of ours; those of an earlier agent are init's to reap.
+fn reap(fd: &AsyncFd<OwnedFd>) {
+    use std::os::fd::AsFd as _;
+    let _ = waitid(WaitId::PidFd(fd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn tells_when_a_process_has_ended() {
+        #[allow(clippy::zombie_processes, reason = "what is tested takes its exit status")]
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let process = Process::open(pid).unwrap();
+        assert!(timeout(Duration::from_millis(20), process.exit()).await.is_err());
+        process.kill().await.unwrap();
+        process.kill().await.unwrap();
+        process.exit().await;
+        // Reaped: its number is free.
+        assert!(Process::open(pid).is_err());
+    }
+}

@@ -1,0 +1,194 @@
+//! QEMU's `microvm` machine, one process for each VM: a kernel, two disks and one serial port, without PCI and firmware.
+
+mod arguments;
+mod qmp;
+mod spawn;
+mod tsc;
+
+use std::{io, path::Path, process::Stdio, time::Duration};
+
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tokio::time::{Instant, sleep, timeout};
+
+pub use self::arguments::Accelerator;
+use self::{arguments::Machine as Model, qmp::Qmp};
+use super::{
+    home::{self, Home},
+    process::Process,
+    vmm::{Launch, Machine, Start, Vmm, VmmError},
+};
+use crate::backend::Condition;
+
+/// The program.
+pub const PROGRAM: &str = "qemu-system-x86_64";
+/// How long device state may take to save or load: a few milliseconds, but the host may be busy.
+const MIGRATION_WITHIN: Duration = Duration::from_secs(20);
+/// Between two looks at a migration.
+const MIGRATION_STEP: Duration = Duration::from_micros(500);
+/// How long the program may take to print its version.
+const VERSION_WITHIN: Duration = Duration::from_secs(20);
+
+/// QEMU on this host.
+#[derive(Debug)]
+pub struct Qemu {
+    version: String,
+    accelerator: Accelerator,
+    tsc_khz: u64,
+}
+
+impl Qemu {
+    /// Finds out which QEMU there is.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub async fn find(accelerator: Accelerator) -> io::Result<Self> {
+        Ok(Self { version: version().await?, accelerator, tsc_khz: tsc::measure_khz().await })
+    }
+}
+
+/// The version that [`PROGRAM`] prints.
+///
+/// # Errors
+///
+/// If it is not there or prints none.
+pub async fn version() -> io::Result<String> {
+    let output = tokio::process::Command::new(PROGRAM)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output =
+        timeout(VERSION_WITHIN, output).await.map_err(|_| io::ErrorKind::TimedOut)?.map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot run {PROGRAM}: {error}; install qemu-system-x86"))
+        })?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version =
+        text.lines().next().and_then(|line| line.split("version ").nth(1)).and_then(|v| v.split(' ').next());
+    version
+        .map(|version| format!("QEMU {version}"))
+        .ok_or_else(|| io::Error::other(format!("{PROGRAM} --version prints {text:?}")))
+}
+
+#[tonic::async_trait]
+impl Vmm for Qemu {
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn accelerator(&self) -> &'static str {
+        self.accelerator.name()
+    }
+
+    fn snapshot_key(&self) -> String {
+        // All that the command line is made of stands in that file.
+        let arguments = hex::encode(&Sha256::digest(include_str!("qemu/arguments.rs"))[..8]);
+        format!("{} {} {} {arguments}", self.version, self.accelerator.option(), self.accelerator.cpu())
+    }
+
+    fn overhead_bytes(&self) -> u64 {
+        self.accelerator.overhead_bytes()
+    }
+
+    async fn launch(&self, launch: Launch<'_>) -> Result<(Process, Box<dyn Machine>), VmmError> {
+        let control = launch.home.listen(home::CONTROL).map_err(VmmError::Start)?;
+        let guest = launch.home.listen(home::GUEST).map_err(VmmError::Start)?;
+        let model = Model {
+            launch: &launch,
+            accelerator: self.accelerator,
+            tsc_khz: self.tsc_khz,
+            control: &control,
+            guest: &guest,
+        };
+        let arguments = model.arguments();
+        let inherited = vec![control.into(), guest.into()];
+        let entrances = launch.cgroup.entrances().map_err(VmmError::Start)?;
+        let plan =
+            spawn::Plan { arguments, inherited, entrances, uid: launch.home.uid(), console: launch.console };
+        let process = spawn::spawn(plan).await.map_err(VmmError::Start)?;
+        // The socket is there already: QEMU takes the connection when it is ready.
+        let qmp = Qmp::connect(launch.home).await?;
+        if launch.start == Start::Paused || matches!(launch.memory, super::vmm::Memory::Written(_)) {
+            qmp.execute("migrate-set-capabilities", ignore_shared_memory()).await?;
+        }
+        Ok((process, Box::new(Microvm { qmp })))
+    }
+
+    async fn attach(&self, home: &Home) -> Result<Box<dyn Machine>, VmmError> {
+        Ok(Box::new(Microvm { qmp: Qmp::connect(home).await? }))
+    }
+}
+
+/// Memory lies in a file of its own, which is shared or copied on write, and is not part of the device state.
+fn ignore_shared_memory() -> Value {
+    json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] })
+}
+
+#[derive(Debug)]
+struct Microvm {
+    qmp: Qmp,
+}
+
+impl Microvm {
+    async fn migrated(&self) -> Result<(), VmmError> {
+        let deadline = Instant::now() + MIGRATION_WITHIN;
+        loop {
+            let status = self.qmp.execute("query-migrate", json!({})).await?;
+            match status.get("status").and_then(Value::as_str) {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => {
+                    let reason =
+                        status.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
+                    return Err(VmmError::Snapshot(reason.to_owned()));
+                }
+                _ if Instant::now() >= deadline => {
+                    return Err(VmmError::Late { command: "query-migrate", within: MIGRATION_WITHIN });
+                }
+                _ => sleep(MIGRATION_STEP).await,
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Machine for Microvm {
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
+    }
+
+    async fn condition(&self) -> Result<Condition, VmmError> {
+        let status = self.qmp.execute("query-status", json!({})).await?;
+        // RunState (qapi/run-state.json). A write that the host's disk does not take halts the VM by default.
+        Ok(match status.get("status").and_then(Value::as_str) {
+            Some("io-error") => Condition::DiskFull,
+            Some(state @ ("internal-error" | "guest-panicked" | "shutdown" | "watchdog")) => {
+                Condition::Stopped(state.to_owned())
+            }
+            _ => Condition::Runs,
+        })
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.qmp.execute("stop", json!({})).await.map(drop)
+    }
+
+    async fn save(&self, state: &Path) -> Result<(), VmmError> {
+        self.qmp.execute("migrate", json!({ "uri": format!("file:{}", state.display()) })).await?;
+        self.migrated().await
+    }
+
+    async fn load(&self, state: &Path) -> Result<(), VmmError> {
+        // It is to say what is wrong with a snapshot, rather than to end.
+        let from = json!({ "uri": format!("file:{}", state.display()), "exit-on-error": false });
+        self.qmp.execute("migrate-incoming", from).await?;
+        self.migrated().await
+    }
+
+    async fn grow_layer(&self, bytes: u64) -> Result<(), VmmError> {
+        self.qmp
+            .execute("block_resize", json!({ "node-name": arguments::LAYER_NODE, "size": bytes }))
+            .await
+            .map(drop)
+    }
+}

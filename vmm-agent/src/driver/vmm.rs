@@ -1,0 +1,136 @@
+//! The seam between the driver, which knows homes, snapshots and guests, and the VMM that runs one VM.
+//!
+//! ```text
+//!   launch(Start::Boot) ────────────► running ──pause──► paused ──save──► paused
+//!   launch(Start::Paused) ─► empty ──load──► paused ──resume──► running
+//! ```
+//!
+//! Each call says in which of these states it is legal. A VMM whose call failed is only good for being killed.
+
+use std::{
+    fmt::Debug,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use super::{cgroup::Cgroup, home::Home, process::Process};
+use crate::{backend::Condition, microvm::Kind};
+
+/// Why a VMM does not do what it is told.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// It cannot be started.
+    #[error("cannot start the VMM: {0}")]
+    Start(#[source] io::Error),
+    /// Its control socket broke: it ended, or is about to.
+    #[error("lost the VMM: {0}")]
+    Lost(#[source] io::Error),
+    /// It said no.
+    #[error("the VMM refuses {command}: {message}")]
+    Refused {
+        /// What it was told.
+        command: &'static str,
+        /// Its answer.
+        message: String,
+    },
+    /// A snapshot cannot be loaded.
+    #[error("the snapshot cannot be loaded: {0}")]
+    Snapshot(String),
+    /// It did not answer.
+    #[error("the VMM did not answer {command} within {within:?}")]
+    Late {
+        /// What it was told.
+        command: &'static str,
+        /// How long it had.
+        within: Duration,
+    },
+}
+
+/// Where a VM's memory comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// From nowhere: it is the VM's own, and ends with it.
+    Anonymous,
+    /// A file that the VM writes through to, as its snapshot.
+    Written(PathBuf),
+    /// A file that the VM reads and does not change: what it writes is its own.
+    CopyOf(PathBuf),
+}
+
+/// What a new VMM does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Boots the kernel.
+    Boot,
+    /// Waits for [`Machine::load`].
+    Paused,
+}
+
+/// Everything that a VMM needs to start.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// Its home, with a layer in it.
+    pub home: &'a Home,
+    /// Its group.
+    pub cgroup: &'a Cgroup,
+    /// CPUs and memory.
+    pub kind: &'a Kind,
+    /// Its kernel, uncompressed.
+    pub kernel: &'a Path,
+    /// Its initramfs.
+    pub initramfs: &'a Path,
+    /// The read-only base of its disk.
+    pub rootfs: &'a Path,
+    /// Where its memory comes from.
+    pub memory: Memory,
+    /// What it does first.
+    pub start: Start,
+    /// Where its console and its own messages go.
+    pub console: OwnedFd,
+}
+
+/// A kind of VMM, on this host.
+#[tonic::async_trait]
+pub trait Vmm: Debug + Send + Sync + 'static {
+    /// Its name and version.
+    fn version(&self) -> &str;
+
+    /// What runs the guests' instructions: `kvm` or `tcg`.
+    fn accelerator(&self) -> &'static str;
+
+    /// What a snapshot depends on beside its files: restored elsewhere, the guest would not go on.
+    fn snapshot_key(&self) -> String;
+
+    /// What a VMM takes beyond the guest's memory, bytes: for the limit of its group.
+    fn overhead_bytes(&self) -> u64;
+
+    /// Starts a VMM in its group, as its home's user. Its sockets are in the home when this returns.
+    async fn launch(&self, launch: Launch<'_>) -> Result<(Process, Box<dyn Machine>), VmmError>;
+
+    /// Takes over a VMM that was launched in `home` by an earlier agent.
+    async fn attach(&self, home: &Home) -> Result<Box<dyn Machine>, VmmError>;
+}
+
+/// A VMM that runs.
+#[tonic::async_trait]
+pub trait Machine: Debug + Send + Sync + 'static {
+    /// Running or paused → running.
+    async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Running: how it fares.
+    async fn condition(&self) -> Result<Condition, VmmError>;
+
+    /// Running → paused.
+    async fn pause(&self) -> Result<(), VmmError>;
+
+    /// Paused, with [`Memory::Written`] → the same, with everything but memory and disk in `state`, a file of its own.
+    async fn save(&self, state: &Path) -> Result<(), VmmError>;
+
+    /// Launched with [`Start::Paused`] and [`Memory::CopyOf`] → paused where `state` was saved.
+    async fn load(&self, state: &Path) -> Result<(), VmmError>;
+
+    /// Any state: grows the writable layer's device.
+    async fn grow_layer(&self, bytes: u64) -> Result<(), VmmError>;
+}

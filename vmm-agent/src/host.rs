@@ -1,0 +1,209 @@
+//! All sandboxes of this host: who they are, and how they come, go, and survive the agent.
+//!
+//! The registry maps each sandbox to the one task that owns its VM. A create for a sandbox that is there joins
+//! what is under way; one of a later epoch replaces it; one of an earlier epoch, or of one that was deleted here,
+//! is refused. All of that is decided under one lock that is never held over an await.
+
+pub mod recovery;
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::Mutex;
+use tokio::time::timeout;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+use crate::{
+    capacity::{self, Limits},
+    identity::{Epoch, SandboxId},
+    journal::{Owner, StartPath},
+    pool::Pool,
+    tombstones::{self, Tombstones},
+    vm::{
+        decide::{Denied, Phase},
+        start::{Order, Origin, StartError, Starter},
+        task::{Surroundings, Vm, VmError},
+    },
+    workshop::Workshop,
+};
+
+/// The sandboxes of this host. Clones of this handle are the same host.
+#[derive(Clone, Debug)]
+pub struct Host(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    workshop: Arc<Workshop>,
+    surroundings: Surroundings,
+    limits: Limits,
+    vms: Mutex<HashMap<SandboxId, Vm>>,
+}
+
+/// What is known of one sandbox's VM.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Whose it is.
+    pub owner: Owner,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Why it is lost.
+    pub failure: Option<Arc<str>>,
+    /// When it was last used.
+    pub active_at: SystemTime,
+}
+
+impl Host {
+    /// A host without sandboxes yet; [`Host::recover`] finds those that an earlier agent left.
+    ///
+    /// # Errors
+    ///
+    /// If the tombstones cannot be read.
+    pub fn open(workshop: Arc<Workshop>, pool: Pool, limits: Limits) -> io::Result<Self> {
+        let tombstones = Tombstones::open(workshop.data_dir().join(tombstones::FILE))?;
+        let surroundings = Surroundings {
+            starter: Arc::new(Starter::new(workshop.clone(), pool)),
+            tombstones: Arc::new(Mutex::new(tombstones)),
+            leave: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
+        Ok(Self(Arc::new(Inner { workshop, surroundings, limits, vms: Mutex::default() })))
+    }
+
+    /// Makes the sandbox's VM and waits until its guest has answered. If the caller goes away, it is made all
+    /// the same, or undone if that fails.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`]; after a failed start the same epoch may be tried again.
+    pub async fn create(&self, owner: Owner, order: Order) -> Result<StartPath, VmError> {
+        let epoch = owner.epoch;
+        self.find_or_begin(owner, order)?.join(epoch).await
+    }
+
+    fn find_or_begin(&self, owner: Owner, order: Order) -> Result<Vm, VmError> {
+        let mut vms = self.0.vms.lock();
+        let predecessor = match vms.get(&owner.sandbox) {
+            Some(vm) if vm.owner().epoch >= owner.epoch => return Ok(vm.clone()),
+            Some(vm) => Some(vm.clone()),
+            None => {
+                let buried = self.0.surroundings.tombstones.lock().get(&owner.sandbox);
+                if let Some(held) = buried
+                    && owner.epoch <= held
+                {
+                    return Err(Denied::StaleEpoch { given: owner.epoch, held }.into());
+                }
+                self.admit(vms.len())?;
+                None
+            }
+        };
+        if !self.0.workshop.has_template(&order.kind.template) {
+            return Err(StartError::NoTemplate(order.kind.template).into());
+        }
+        let vm = self.begin(owner.clone(), Origin::Create { order, predecessor });
+        vms.insert(owner.sandbox, vm.clone());
+        Ok(vm)
+    }
+
+    fn admit(&self, sandboxes: usize) -> Result<(), StartError> {
+        match capacity::measure(self.0.workshop.data_dir()) {
+            Ok(room) => Ok(self.0.limits.admit(sandboxes, room)?),
+            Err(error) => {
+                warn!(%error, "cannot measure the host; starting all the same");
+                Ok(())
+            }
+        }
+    }
+
+    /// Begins the task of a VM. The caller puts it into the registry, under the lock that it holds.
+    fn begin(&self, owner: Owner, origin: Origin) -> Vm {
+        let host = self.clone();
+        Vm::spawn(&self.0.surroundings, owner, origin, move |vm| {
+            let mut vms = host.0.vms.lock();
+            if vms.get(&vm.owner().sandbox).is_some_and(|listed| listed.is(vm)) {
+                vms.remove(&vm.owner().sandbox);
+            }
+        })
+    }
+
+    /// Ends a sandbox's VM and waits until nothing of it is left. Fine if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`]: the epoch is too old, or the sandbox was used after `idle_since`.
+    pub async fn delete(
+        &self,
+        sandbox: &SandboxId,
+        epoch: Epoch,
+        idle_since: Option<SystemTime>,
+    ) -> Result<(), VmError> {
+        // A task that ended by itself just then has not heard of the deletion, so look until there is none.
+        let mut deleted = false;
+        while let Some(vm) = self.find_or_bury(sandbox, epoch) {
+            match vm.delete(epoch, idle_since).await {
+                Ok(()) => {
+                    self.bury(sandbox, epoch);
+                    deleted = true;
+                }
+                // What the caller meant is gone, and somebody has made a later one since.
+                Err(VmError::Denied(Denied::StaleEpoch { .. })) if deleted => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn find_or_bury(&self, sandbox: &SandboxId, epoch: Epoch) -> Option<Vm> {
+        let vms = self.0.vms.lock();
+        let vm = vms.get(sandbox).cloned();
+        if vm.is_none() {
+            // Under the lock, so that no delayed create slips in between.
+            self.bury(sandbox, epoch);
+        }
+        vm
+    }
+
+    /// Remembers a deletion.
+    fn bury(&self, sandbox: &SandboxId, epoch: Epoch) {
+        if let Err(error) = self.0.surroundings.tombstones.lock().add(sandbox, epoch) {
+            warn!(%error, "cannot write down the deletion");
+        }
+    }
+
+    /// The sandbox's VM.
+    pub fn find(&self, sandbox: &SandboxId) -> Option<Vm> {
+        self.0.vms.lock().get(sandbox).cloned()
+    }
+
+    /// Every sandbox's VM, in no order.
+    pub fn list(&self, now: SystemTime) -> Vec<Listed> {
+        let vms: Vec<Vm> = self.0.vms.lock().values().cloned().collect();
+        vms.into_iter()
+            .map(|vm| {
+                let status = vm.status();
+                Listed {
+                    owner: vm.owner().clone(),
+                    phase: status.phase,
+                    failure: status.failure,
+                    active_at: vm.last_used(now),
+                }
+            })
+            .filter(|listed| listed.phase != Phase::Gone)
+            .collect()
+    }
+
+    /// Lets go of every VM: those that run go on, starts are undone, deletions are finished. Waits `patience`.
+    pub async fn leave(&self, patience: Duration) {
+        self.0.surroundings.leave.cancel();
+        self.0.surroundings.tasks.close();
+        if timeout(patience, self.0.surroundings.tasks.wait()).await.is_err() {
+            warn!("some VMs are not settled; the next start will finish that");
+        } else {
+            info!("let go of every VM");
+        }
+    }
+}

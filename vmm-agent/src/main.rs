@@ -1,0 +1,33 @@
+//! The `oc-vmm-agent` binary.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use oc_mesh::{limits, shutdown, telemetry};
+use oc_vmm_agent::{
+    app, cleanup,
+    config::{self, Args, Config},
+    driver::Driver,
+};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    telemetry::init("oc-vmm-agent");
+    if args.cleanup {
+        let host_id = config::checked_host_id(&args.host_id)?;
+        let data_dir = config::absolute("--data-dir", &args.data_dir)?;
+        let driver = Driver::for_removal(&host_id, &data_dir).context("cannot look for VMs")?;
+        return Ok(cleanup::clean_up(Arc::new(driver), &data_dir).await?);
+    }
+    limits::raise_open_files().context("cannot open more files")?;
+    let config = Config::new(args)?;
+    let shutdown = shutdown::on_signal()?;
+    // Before anything is touched: another agent may be at work here.
+    let _lock = app::claim(&config.data_dir)?;
+    let driver = Arc::new(Driver::open(&config).await.context("this host cannot run microVMs")?);
+    let served = app::run(config, driver.clone(), shutdown).await;
+    driver.close().await;
+    Ok(served?)
+}

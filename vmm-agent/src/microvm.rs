@@ -1,0 +1,214 @@
+//! One microVM of this host with its journal: what the pool and the sandboxes' tasks pass to each other.
+
+use std::{collections::HashMap, fmt, io, time::Duration};
+
+use futures_util::future::BoxFuture;
+use oc_proto::mesh::{ActivateRequest, guest_service_client::GuestServiceClient};
+use tokio::time::sleep;
+use tonic::Status;
+use tracing::{error, warn};
+
+use crate::{
+    backend::{Condition, Guest, Instance},
+    journal::{Journal, Stage},
+    telemetry,
+};
+
+/// Every sandbox is called so: clones share one image, and prompts stay short.
+const HOSTNAME: &str = "sandbox";
+/// Bytes of the host's entropy that a clone gets; the guest wants 32 at least.
+const ENTROPY: usize = 64;
+/// A process that was killed may take a moment to let go of its cgroup and files.
+const REMOVE_ATTEMPTS: u32 = 6;
+
+/// What a VM is a copy of: one golden snapshot serves all VMs of one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Kind {
+    /// The template.
+    pub template: String,
+    /// Virtual CPUs.
+    pub cpu_count: u32,
+    /// Memory, MiB.
+    pub memory_mb: u32,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.template, self.cpu_count, self.memory_mb)
+    }
+}
+
+/// Who a guest is told that it is.
+#[derive(Clone, Debug, Default)]
+pub struct Identity {
+    /// Its sandbox; empty in the pool.
+    pub sandbox_id: String,
+    /// Environment of every command.
+    pub envs: HashMap<String, String>,
+    /// Size its writable filesystem is grown to, MiB; as it is where 0.
+    pub disk_mb: u32,
+}
+
+/// Why a VM could not be made, or does not do what it is told.
+#[derive(Debug, thiserror::Error)]
+pub enum MakeError {
+    /// No such template.
+    #[error("there is no template {0:?} on this host")]
+    NoTemplate(String),
+    /// The journal cannot be written.
+    #[error("cannot write the journal: {0}")]
+    Journal(#[from] io::Error),
+    /// The guest refuses.
+    #[error("the guest says: {}", .0.message())]
+    Guest(#[source] Box<Status>),
+    /// The VMM, its home or the golden snapshot.
+    #[error("{0}")]
+    Backend(String),
+    /// This host is told to make no golden snapshots.
+    #[error("golden snapshots are off on this host")]
+    SnapshotsOff,
+    /// It took too long.
+    #[error("not done in time")]
+    Late,
+    /// Nobody wants it any more.
+    #[error("given up")]
+    Cancelled,
+}
+
+/// One microVM. Dropping it ends nothing: a VM outlives the agent unless it is destroyed.
+#[derive(Debug)]
+pub struct MicroVm {
+    id: String,
+    journal: Journal,
+    instance: Box<dyn Instance>,
+}
+
+impl MicroVm {
+    /// The VM called `id`, written down in `journal`.
+    pub fn new(id: String, journal: Journal, instance: Box<dyn Instance>) -> Self {
+        Self { id, journal, instance }
+    }
+
+    /// Its name on this host.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What the backend has of it.
+    pub fn instance(&mut self) -> &mut dyn Instance {
+        self.instance.as_mut()
+    }
+
+    /// Writes down that it enters `stage`: before what the stage announces.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::Journal`]: then it must not be announced.
+    pub fn enter(&self, stage: Stage) -> Result<(), MakeError> {
+        Ok(self.journal.enter(&self.id, stage)?)
+    }
+
+    /// Writes down what is so already. A failure is only logged: start-up comes to the same by other evidence.
+    pub fn note(&self, stage: Stage) {
+        if let Err(error) = self.enter(stage) {
+            warn!(vm = self.id, %error, "cannot write the journal");
+        }
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] of the VMM.
+    pub async fn resume(&self) -> Result<(), MakeError> {
+        telemetry::step("resume", self.instance.resume()).await
+    }
+
+    /// How it fares.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] of the VMM.
+    pub async fn condition(&self) -> Result<Condition, MakeError> {
+        self.instance.condition().await
+    }
+
+    /// Halts it.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] of the VMM.
+    pub async fn pause(&self) -> Result<(), MakeError> {
+        self.instance.pause().await
+    }
+
+    /// The way to its guest, once there is one.
+    pub fn guest(&self) -> Option<Guest> {
+        self.instance.guest()
+    }
+
+    /// Tells the guest who it is, what time it is, and gives it entropy of its own. The guest has answered then.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] if it does not, or refuses.
+    pub async fn activate(&self, identity: Identity) -> Result<(), MakeError> {
+        if identity.disk_mb > 0 {
+            self.instance.grow_disk(identity.disk_mb).await?;
+        }
+        let mut entropy = vec![0; ENTROPY];
+        getrandom::fill(&mut entropy).map_err(|error| MakeError::Backend(error.to_string()))?;
+        let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let request = ActivateRequest {
+            // Fits until the year 2262.
+            unix_time_ns: i64::try_from(now.as_nanos()).unwrap_or(i64::MAX),
+            entropy,
+            hostname: HOSTNAME.to_owned(),
+            sandbox_id: identity.sandbox_id,
+            envs: identity.envs,
+            disk_mb: i32::try_from(identity.disk_mb).unwrap_or(i32::MAX),
+        };
+        let guest = self.guest().ok_or_else(|| MakeError::Backend("it has no link to its guest".into()))?;
+        telemetry::step("activate", GuestServiceClient::new(guest).activate(request))
+            .await
+            .map_err(|status| MakeError::Guest(Box::new(status)))?;
+        Ok(())
+    }
+
+    /// Completes when its process has ended.
+    pub fn exit(&self) -> BoxFuture<'static, ()> {
+        self.instance.exit()
+    }
+
+    /// Ends its process; its record and home stay.
+    pub async fn end(&mut self) {
+        if let Err(error) = self.instance.kill().await {
+            warn!(vm = self.id, %error, "cannot end the VM's process");
+        }
+    }
+
+    /// Ends it and removes all of it. What resists is tried again, and left to the next start of the agent.
+    pub async fn destroy(&mut self) {
+        let mut wait = Duration::from_millis(20);
+        for attempt in 1..=REMOVE_ATTEMPTS {
+            let removed = match self.instance.destroy().await {
+                Ok(()) => self.journal.forget(&self.id).map_err(MakeError::from),
+                Err(error) => Err(error),
+            };
+            match removed {
+                Ok(()) => return,
+                Err(error) if attempt == REMOVE_ATTEMPTS => {
+                    error!(vm = self.id, %error, "cannot remove all of the VM; the next start will");
+                }
+                Err(error) => warn!(vm = self.id, %error, "cannot remove all of the VM yet"),
+            }
+            sleep(wait).await;
+            wait *= 2;
+        }
+    }
+
+    /// The last lines of the guest's console.
+    pub fn console_tail(&self) -> String {
+        self.instance.console_tail()
+    }
+}

@@ -1,0 +1,102 @@
+//! What the agent counts. Every metric is named here and nowhere else.
+
+use std::time::Instant;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+use tracing::debug;
+
+use crate::{journal::StartPath, vm::start::StartError};
+
+const CREATES: &str = "oc_agent_creates_total";
+const CREATE_SECONDS: &str = "oc_agent_create_seconds";
+const START_STEP_SECONDS: &str = "oc_agent_start_step_seconds";
+const ATTEMPTS_FAILED: &str = "oc_agent_start_attempts_failed_total";
+const RUNNING: &str = "oc_agent_vms_running";
+const LOST: &str = "oc_agent_vms_lost_total";
+const POOL_READY: &str = "oc_agent_pool_ready";
+const POOL_FAILED: &str = "oc_agent_pool_failures_total";
+
+/// Tells the recorder what the numbers mean. Called once, by the process that owns it.
+pub fn describe() {
+    describe_counter!(CREATES, "Creates, by how the VM was started and by result");
+    describe_histogram!(CREATE_SECONDS, Unit::Seconds, "From a create to an answering guest");
+    describe_histogram!(START_STEP_SECONDS, Unit::Seconds, "Steps of starting a VM");
+    describe_counter!(ATTEMPTS_FAILED, "Ways of starting a VM that failed and were followed by another");
+    describe_gauge!(RUNNING, "VMs of sandboxes that run");
+    describe_counter!(LOST, "VMs of sandboxes that ran and were lost");
+    describe_gauge!(POOL_READY, "Clones that wait in the pool");
+    describe_counter!(POOL_FAILED, "Clones that could not be made for the pool or died in it");
+}
+
+/// Times one create.
+#[derive(Debug)]
+pub struct Create(Instant);
+
+impl Create {
+    /// Starts the clock.
+    pub fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Counts the create.
+    pub fn end(self, result: &Result<StartPath, StartError>) {
+        let (path, outcome) = match result {
+            Ok(path) => (path.as_str(), "ok"),
+            Err(StartError::Full(_)) => ("none", "full"),
+            Err(StartError::NoTemplate(_)) => ("none", "no_template"),
+            Err(_) => ("none", "failed"),
+        };
+        counter!(CREATES, "path" => path, "result" => outcome).increment(1);
+        if result.is_ok() {
+            histogram!(CREATE_SECONDS, "path" => path).record(self.0.elapsed());
+        }
+    }
+}
+
+/// Times one step of starting a VM.
+pub async fn step<T>(name: &'static str, work: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let done = work.await;
+    let took = begun.elapsed();
+    histogram!(START_STEP_SECONDS, "step" => name).record(took);
+    debug!(step = name, took_us = took.as_micros(), "start step");
+    done
+}
+
+/// Counts a running VM while it lives.
+#[derive(Debug)]
+pub struct Running(());
+
+/// A VM of a sandbox runs until the answer is dropped.
+pub fn running() -> Running {
+    gauge!(RUNNING).increment(1);
+    Running(())
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        gauge!(RUNNING).decrement(1);
+    }
+}
+
+/// A VM that ran was lost.
+pub fn lost() {
+    counter!(LOST).increment(1);
+}
+
+/// One way of starting a VM failed.
+pub fn attempt_failed(path: StartPath) {
+    counter!(ATTEMPTS_FAILED, "path" => path.as_str()).increment(1);
+}
+
+/// So many clones wait.
+pub fn pool_ready(ready: usize) {
+    // No pool holds anywhere near 2^32 clones.
+    gauge!(POOL_READY).set(f64::from(u32::try_from(ready).unwrap_or(u32::MAX)));
+}
+
+/// A clone could not be made for the pool, or died in it.
+pub fn pool_failed() {
+    counter!(POOL_FAILED).increment(1);
+}

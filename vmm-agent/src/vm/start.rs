@@ -1,0 +1,248 @@
+//! How the VM of a sandbox comes to run: from the pool, else by a restore, else by a boot.
+//!
+//! Each attempt has a deadline, and what it made is removed before the next one. Whatever exists at any moment
+//! lies in the caller's `slot`, so a start may be dropped at any await.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use crate::{
+    capacity::Full,
+    journal::{Owner, Stage, StartPath},
+    microvm::{Identity, Kind, MakeError, MicroVm},
+    pool::Pool,
+    telemetry,
+    workshop::Workshop,
+};
+
+/// A guest of an adopted VM may be busy; only then is it given up.
+const ADOPTION_DEADLINE: Duration = Duration::from_secs(60);
+/// From the claim of a waiting clone to its guest's answer: milliseconds at rest.
+const CLAIM_DEADLINE: Duration = Duration::from_secs(10);
+/// A restore takes a fifth of a second at rest.
+const CLONE_DEADLINE: Duration = Duration::from_secs(20);
+/// A boot takes a few seconds under emulation at rest.
+const BOOT_DEADLINE: Duration = Duration::from_secs(65);
+/// The first use of a kind boots it, readies it and takes its snapshot: seconds. Together with a boot it must take less
+/// than a caller waits.
+const GOLDEN_DEADLINE: Duration = Duration::from_secs(45);
+/// Restores that are tried before the VM is booted instead.
+const CLONE_ATTEMPTS: usize = 2;
+
+/// What a create asks for.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// Template and size.
+    pub kind: Kind,
+    /// Writable disk, MiB.
+    pub disk_mb: u32,
+    /// Environment of every command.
+    pub envs: HashMap<String, String>,
+}
+
+/// Where the VM of a sandbox comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// A create; if it replaces the VM of an earlier epoch, that one goes first.
+    Create {
+        /// What is asked for.
+        order: Order,
+        /// The VM that it replaces.
+        predecessor: Option<super::task::Vm>,
+    },
+    /// An earlier agent left it running.
+    Adopt {
+        /// Its home.
+        microvm: MicroVm,
+        /// How it was started.
+        path: StartPath,
+    },
+    /// An earlier agent saw it fail.
+    Failed {
+        /// Its home.
+        microvm: MicroVm,
+        /// Why it failed.
+        reason: String,
+    },
+}
+
+impl Origin {
+    /// What an earlier agent left, if that is where it comes from.
+    pub fn microvm(&self) -> Option<&MicroVm> {
+        match self {
+            Self::Adopt { microvm, .. } | Self::Failed { microvm, .. } => Some(microvm),
+            Self::Create { .. } => None,
+        }
+    }
+
+    /// As [`Origin::microvm`], by value.
+    pub fn into_microvm(self) -> Option<MicroVm> {
+        match self {
+            Self::Adopt { microvm, .. } | Self::Failed { microvm, .. } => Some(microvm),
+            Self::Create { .. } => None,
+        }
+    }
+}
+
+/// Why a VM does not run.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StartError {
+    /// The host has no room.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// There is no such template here.
+    #[error("there is no template {0:?} on this host")]
+    NoTemplate(String),
+    /// Every way of starting it failed.
+    #[error("the microVM could not be started: {0}")]
+    Failed(String),
+    /// A VM that an earlier agent left running does not any more.
+    #[error("{0}")]
+    Lost(String),
+    /// The agent ends.
+    #[error("the host's agent is shutting down")]
+    Leaving,
+}
+
+/// Starts VMs.
+#[derive(Debug)]
+pub struct Starter {
+    workshop: Arc<Workshop>,
+    pool: Pool,
+}
+
+impl Starter {
+    /// Starts VMs that `workshop` makes and `pool` keeps.
+    pub fn new(workshop: Arc<Workshop>, pool: Pool) -> Self {
+        Self { workshop, pool }
+    }
+
+    /// Takes over the VM in `slot` that an earlier agent left running.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError::Lost`] says why it does not run any more; it is still in `slot` then.
+    pub async fn adopt(&self, path: StartPath, slot: &mut Option<MicroVm>) -> Result<StartPath, StartError> {
+        let Some(microvm) = slot else { return Err(StartError::Lost("it left nothing".into())) };
+        match timeout(ADOPTION_DEADLINE, self.workshop.adopt(microvm)).await {
+            Ok(Ok(())) => {
+                info!(vm = microvm.id(), "adopted");
+                Ok(path)
+            }
+            Ok(Err(error)) => Err(StartError::Lost(error.to_string())),
+            Err(_) => Err(StartError::Lost("its guest does not answer the restarted agent".into())),
+        }
+    }
+
+    /// Starts a VM for `owner`; when it returns `Ok`, its guest has answered and the journal says that it runs.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`]; what was made is still in `slot` then.
+    pub async fn create(
+        &self,
+        owner: &Owner,
+        order: &Order,
+        slot: &mut Option<MicroVm>,
+    ) -> Result<StartPath, StartError> {
+        let _first = self.pool.put_off_refill();
+        let watch = telemetry::Create::begin();
+        let result = self.first_that_works(owner, order, slot).await;
+        watch.end(&result);
+        result
+    }
+
+    async fn first_that_works(
+        &self,
+        owner: &Owner,
+        order: &Order,
+        slot: &mut Option<MicroVm>,
+    ) -> Result<StartPath, StartError> {
+        let mut failures = Vec::new();
+        if let Some(microvm) = self.pool.take(&order.kind) {
+            let microvm = slot.insert(microvm);
+            let claim = async {
+                microvm.enter(Stage::Claimed(owner.clone()))?;
+                microvm.resume().await?;
+                self.hand_over(owner, order, microvm, StartPath::Warm).await
+            };
+            let outcome = timeout(CLAIM_DEADLINE, claim).await;
+            if self.settle(StartPath::Warm, outcome, slot, &mut failures).await? {
+                return Ok(StartPath::Warm);
+            }
+        }
+        let golden = timeout(GOLDEN_DEADLINE, self.workshop.golden(&order.kind)).await;
+        let is_off = matches!(golden, Ok(Err(MakeError::SnapshotsOff)));
+        if !is_off && self.settle(StartPath::Clone, golden, slot, &mut failures).await? {
+            for _ in 0..CLONE_ATTEMPTS {
+                let restore = async {
+                    let microvm = self.workshop.create(Stage::Claimed(owner.clone()), slot).await?;
+                    self.workshop.restore(&order.kind, microvm).await?;
+                    microvm.resume().await?;
+                    self.hand_over(owner, order, microvm, StartPath::Clone).await
+                };
+                let outcome = timeout(CLONE_DEADLINE, restore).await;
+                if self.settle(StartPath::Clone, outcome, slot, &mut failures).await? {
+                    return Ok(StartPath::Clone);
+                }
+            }
+        }
+        let boot = async {
+            let microvm = self.workshop.create(Stage::Claimed(owner.clone()), slot).await?;
+            self.workshop.boot(&order.kind, microvm).await?;
+            self.hand_over(owner, order, microvm, StartPath::Cold).await
+        };
+        let outcome = timeout(BOOT_DEADLINE, boot).await;
+        if self.settle(StartPath::Cold, outcome, slot, &mut failures).await? {
+            return Ok(StartPath::Cold);
+        }
+        Err(StartError::Failed(failures.join("; ")))
+    }
+
+    /// Tells the guest whose it is, and then the journal that it runs.
+    async fn hand_over(
+        &self,
+        owner: &Owner,
+        order: &Order,
+        microvm: &MicroVm,
+        path: StartPath,
+    ) -> Result<(), MakeError> {
+        let identity = Identity {
+            sandbox_id: owner.sandbox.to_string(),
+            envs: order.envs.clone(),
+            disk_mb: order.disk_mb,
+        };
+        microvm.activate(identity).await?;
+        microvm.enter(Stage::Running { owner: owner.clone(), path })
+    }
+
+    /// Whether an attempt worked. If not, removes what it made and notes why; an error that no other attempt
+    /// could mend ends the start.
+    async fn settle<T>(
+        &self,
+        path: StartPath,
+        outcome: Result<Result<T, MakeError>, tokio::time::error::Elapsed>,
+        slot: &mut Option<MicroVm>,
+        failures: &mut Vec<String>,
+    ) -> Result<bool, StartError> {
+        let error = match outcome {
+            Ok(Ok(_)) => return Ok(true),
+            Ok(Err(MakeError::NoTemplate(name))) => return Err(StartError::NoTemplate(name)),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "not done in time".to_owned(),
+        };
+        if let Some(microvm) = slot.take() {
+            warn!(path = path.as_str(), %error, vm = microvm.id(), console = microvm.console_tail(), "start failed");
+            // Back into the slot until it is gone, so that dropping this future here leaves it with the caller.
+            slot.insert(microvm).destroy().await;
+            *slot = None;
+        } else {
+            warn!(path = path.as_str(), %error, "start failed");
+        }
+        telemetry::attempt_failed(path);
+        failures.push(format!("{}: {error}", path.as_str()));
+        Ok(false)
+    }
+}

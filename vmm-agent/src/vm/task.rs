@@ -1,0 +1,508 @@
+//! The task that owns one sandbox's VM, and the handle that everybody else holds.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, MissedTickBehavior, interval_at},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{Instrument as _, info, warn};
+
+use crate::{
+    backend::Guest,
+    identity::Epoch,
+    journal::{Owner, Stage, StartPath},
+    microvm::MicroVm,
+    telemetry,
+    tombstones::Tombstones,
+    vm::{
+        activity::{Activity, Call, MAX_CALLS, NoCall},
+        decide::{Denied, Input, Phase, Transition, decide},
+        halt,
+        start::{Origin, StartError, Starter},
+    },
+};
+
+/// Requests that wait for the task; a caller beyond that waits for room.
+const QUEUE: usize = 16;
+/// How often a VMM is asked how its VM fares.
+const LOOKS_EVERY: Duration = Duration::from_secs(5);
+
+/// What is known of a sandbox's VM at one moment.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// How it was started, once it was.
+    pub path: Option<StartPath>,
+    /// Why it is lost.
+    pub failure: Option<Arc<str>>,
+    /// Why it could not be started.
+    pub start_error: Option<StartError>,
+    /// The way to its guest, while it runs.
+    guest: Option<Guest>,
+    /// Whether it is halted until the host's disk takes what it writes.
+    pub(super) is_stalled: bool,
+}
+
+/// Why a request to a VM was not fulfilled.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum VmError {
+    /// It does not fit what the VM is or does.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    /// The VM could not be started.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The VM ran and was lost.
+    #[error("the sandbox's microVM is lost: {0}")]
+    Lost(Arc<str>),
+    /// The agent let go of the VM before it was done.
+    #[error("the host's agent is shutting down")]
+    Leaving,
+    /// The VM is halted until the host's disk takes what it writes.
+    #[error("the sandbox is halted until its host's disk has room for what it writes")]
+    Stalled,
+    /// It is used by as many calls as it may be.
+    #[error("the sandbox is used by {MAX_CALLS} calls already")]
+    Busy,
+    /// The VM is not ready for calls yet.
+    #[error("the sandbox is being started")]
+    NotReady,
+}
+
+#[derive(Debug)]
+enum Request {
+    Create {
+        epoch: Epoch,
+        reply: oneshot::Sender<Result<Transition, Denied>>,
+    },
+    Delete {
+        epoch: Epoch,
+        idle_since: Option<SystemTime>,
+        reply: oneshot::Sender<Result<Transition, Denied>>,
+    },
+}
+
+/// A handle to the VM of one sandbox.
+#[derive(Clone, Debug)]
+pub struct Vm(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    owner: Owner,
+    requests: mpsc::Sender<Request>,
+    status: watch::Receiver<Status>,
+    activity: Activity,
+}
+
+/// What a task needs beside its VM.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// Starts VMs.
+    pub starter: Arc<Starter>,
+    /// Remembers deletions.
+    pub tombstones: Arc<Mutex<Tombstones>>,
+    /// Says that the agent ends; VMs that run go on without it.
+    pub leave: CancellationToken,
+    /// Waits for the tasks when the agent ends.
+    pub tasks: TaskTracker,
+}
+
+impl Vm {
+    /// Begins a task for the VM of `owner`. `ended` runs when nothing of the VM is left, before anybody who waits
+    /// for that is told.
+    pub fn spawn(
+        surroundings: &Surroundings,
+        owner: Owner,
+        origin: Origin,
+        ended: impl FnOnce(&Self) + Send + 'static,
+    ) -> Self {
+        let (requests, queue) = mpsc::channel(QUEUE);
+        let status = Status {
+            phase: Phase::Starting,
+            path: None,
+            failure: None,
+            start_error: None,
+            guest: None,
+            is_stalled: false,
+        };
+        let (publish, watched) = watch::channel(status);
+        let activity = Activity::new(SystemTime::now());
+        let vm = Self(Arc::new(Shared {
+            owner: owner.clone(),
+            requests,
+            status: watched,
+            activity: activity.clone(),
+        }));
+        let span = tracing::info_span!("sandbox", sandbox_id = %owner.sandbox, epoch = owner.epoch.0);
+        let surroundings_too = surroundings.clone();
+        let task =
+            Task { owner, surroundings: surroundings_too, queue, publish, activity, predecessor: None };
+        let (handle, gone) = (vm.clone(), task.publish.clone());
+        surroundings.tasks.spawn(
+            async move {
+                if task.run(origin).await {
+                    ended(&handle);
+                    gone.send_modify(|status| status.phase = Phase::Gone);
+                }
+            }
+            .instrument(span),
+        );
+        vm
+    }
+
+    /// The sandbox, and the epoch of the create that made this VM.
+    pub fn owner(&self) -> &Owner {
+        &self.0.owner
+    }
+
+    /// What is known of the VM now.
+    pub fn status(&self) -> Status {
+        self.0.status.borrow().clone()
+    }
+
+    /// When the sandbox was last used; `now` while it is.
+    pub fn last_used(&self, now: SystemTime) -> SystemTime {
+        self.0.activity.last_used(now)
+    }
+
+    /// Whether both handles are of the same task.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Waits until the VM runs. Any number may wait; that a caller goes away changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`]: the epoch does not fit, the start failed, or the VM was lost or deleted meanwhile.
+    pub async fn join(&self, epoch: Epoch) -> Result<StartPath, VmError> {
+        let asked = self.ask(|reply| Request::Create { epoch, reply }).await;
+        if let Err(denied) = asked {
+            // A repeat that comes while a failed start is undone gets the answer that the first one gets.
+            return Err(self.status().start_error.map_or(VmError::Denied(denied), VmError::Start));
+        }
+        let status = self.settled(|status| !matches!(status.phase, Phase::Starting | Phase::Deleting)).await;
+        match (status.phase, status.path, status.start_error) {
+            (Phase::Running, Some(path), _) => Ok(path),
+            (_, _, Some(error)) => Err(VmError::Start(error)),
+            (Phase::Failed, ..) => Err(VmError::Lost(status.failure.unwrap_or_else(|| Arc::from("")))),
+            (Phase::Gone, ..) => Err(VmError::Denied(Denied::Deleted)),
+            (Phase::Starting | Phase::Running | Phase::Deleting, ..) => Err(VmError::Leaving),
+        }
+    }
+
+    /// Takes the VM down and waits until nothing is left of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`]: the epoch is too old, or the sandbox was used after `idle_since`. [`VmError::Leaving`] if the
+    /// agent ends first.
+    pub async fn delete(&self, epoch: Epoch, idle_since: Option<SystemTime>) -> Result<(), VmError> {
+        self.ask(|reply| Request::Delete { epoch, idle_since, reply }).await?;
+        match self.settled(|status| status.phase == Phase::Gone).await.phase {
+            Phase::Gone => Ok(()),
+            _ => Err(VmError::Leaving),
+        }
+    }
+
+    /// Begins a call to the guest. Keep the [`Call`] until the last byte of the answer.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`]: not ready, lost, or deleted.
+    pub fn open_call(&self) -> Result<(Guest, Call), VmError> {
+        let status = self.0.status.borrow();
+        match (status.phase, &status.guest) {
+            (Phase::Running, Some(_)) if status.is_stalled => Err(VmError::Stalled),
+            (Phase::Running, Some(guest)) => {
+                let call = self.0.activity.begin().map_err(|refusal| match refusal {
+                    NoCall::Closed => VmError::Denied(Denied::Deleted),
+                    NoCall::Busy => VmError::Busy,
+                })?;
+                Ok((guest.clone(), call))
+            }
+            (Phase::Starting | Phase::Running, _) => Err(VmError::NotReady),
+            (Phase::Failed, _) => Err(VmError::Lost(status.failure.clone().unwrap_or_else(|| Arc::from("")))),
+            (Phase::Deleting | Phase::Gone, _) => Err(VmError::Denied(Denied::Deleted)),
+        }
+    }
+
+    /// Waits until the VM no longer runs, and says what it is then.
+    pub async fn stopped(&self) -> Status {
+        self.settled(|status| status.phase != Phase::Running).await
+    }
+
+    async fn ask(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<Transition, Denied>>) -> Request,
+    ) -> Result<Transition, Denied> {
+        let (reply, mut answer) = oneshot::channel();
+        if self.0.requests.send(request(reply)).await.is_err() {
+            return Ok(Transition::Join);
+        }
+        let answered = tokio::select! {
+            answered = &mut answer => answered.ok(),
+            // A request that was on its way into the queue while the task ended stays there, unanswered.
+            () = self.0.requests.closed() => answer.try_recv().ok(),
+        };
+        // A task that ended before it answered has published how.
+        answered.unwrap_or(Ok(Transition::Join))
+    }
+
+    /// Waits for a status. A task that has ended never changes it again: then the last one counts.
+    async fn settled(&self, until: impl FnMut(&Status) -> bool) -> Status {
+        let mut status = self.0.status.clone();
+        if let Ok(settled) = status.wait_for(until).await {
+            return settled.clone();
+        }
+        self.status()
+    }
+}
+
+struct Task {
+    owner: Owner,
+    surroundings: Surroundings,
+    queue: mpsc::Receiver<Request>,
+    publish: watch::Sender<Status>,
+    activity: Activity,
+    /// The VM that this one replaces, until it is gone.
+    predecessor: Option<Vm>,
+}
+
+impl Task {
+    /// Returns whether nothing of the VM is left; if not, the agent ends and the VM goes on without it.
+    async fn run(mut self, origin: Origin) -> bool {
+        let mut microvm = None;
+        let Some(mut transition) = self.start(origin, &mut microvm).await else { return false };
+        loop {
+            let next = match transition {
+                Transition::Run => self.attend(microvm.as_ref()).await,
+                Transition::Fail => self.fail(microvm.as_mut()).await,
+                Transition::Delete => self.delete(&mut microvm).await,
+                Transition::Undo => self.undo(&mut microvm).await,
+                Transition::End | Transition::Join | Transition::Ignore => return true,
+            };
+            match next {
+                Some(next) => transition = next,
+                None => return false,
+            }
+        }
+    }
+
+    /// Starts the VM while requests are answered. Dropping a start in progress is safe: what there is of it lies in
+    /// `microvm` and in the task, from before it is first polled. `None` if the agent ends while it takes over a VM that
+    /// runs: the next one does.
+    async fn start(&mut self, origin: Origin, microvm: &mut Option<MicroVm>) -> Option<Transition> {
+        let (order, path) = match origin {
+            Origin::Create { order, predecessor } => {
+                self.predecessor = predecessor;
+                (Some(order), StartPath::Cold)
+            }
+            Origin::Adopt { microvm: left, path } => {
+                *microvm = Some(left);
+                (None, path)
+            }
+            Origin::Failed { microvm: left, reason } => {
+                *microvm = Some(left);
+                return Some(self.lost(reason));
+            }
+        };
+        let is_adoption = order.is_none();
+        let surroundings = self.surroundings.clone();
+        let (owner, predecessor) = (self.owner.clone(), self.predecessor.clone());
+        let leave = surroundings.leave.clone();
+        let outcome = {
+            let mut start = std::pin::pin!(async {
+                let Some(order) = order else { return surroundings.starter.adopt(path, microvm).await };
+                replace(predecessor).await;
+                surroundings.starter.create(&owner, &order, microvm).await
+            });
+            loop {
+                tokio::select! {
+                    outcome = &mut start => break Some(outcome),
+                    Some(request) = self.queue.recv() => {
+                        if self.answer(request) == Some(Transition::Delete) {
+                            break None;
+                        }
+                    }
+                    () = leave.cancelled() => {
+                        if is_adoption {
+                            return None;
+                        }
+                        break Some(Err(StartError::Leaving));
+                    }
+                }
+            }
+        };
+        Some(match outcome {
+            None => Transition::Delete,
+            Some(Ok(path)) => {
+                self.predecessor = None;
+                let guest = microvm.as_ref().and_then(MicroVm::guest);
+                self.activity.touch(SystemTime::now());
+                self.publish.send_modify(|status| {
+                    status.phase = Phase::Running;
+                    status.path = Some(path);
+                    status.guest = guest;
+                });
+                Transition::Run
+            }
+            Some(Err(StartError::Lost(reason))) => self.lost(reason),
+            Some(Err(error)) => {
+                self.publish.send_modify(|status| status.start_error = Some(error));
+                self.event(Input::StartFailed)
+            }
+        })
+    }
+
+    /// Watches a running VM until it is lost or deleted.
+    async fn attend(&mut self, microvm: Option<&MicroVm>) -> Option<Transition> {
+        let _running = telemetry::running();
+        let mut looks = interval_at(Instant::now() + LOOKS_EVERY, LOOKS_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                request = self.queue.recv() => {
+                    if self.answer(request?) == Some(Transition::Delete) {
+                        return Some(Transition::Delete);
+                    }
+                }
+                () = ended(microvm) => return Some(self.lost("its VMM process ended".into())),
+                stopped = async {
+                    looks.tick().await;
+                    halt::look_at(&self.publish, microvm).await
+                } => {
+                    if let Some(reason) = stopped {
+                        return Some(self.lost(reason));
+                    }
+                }
+                () = self.surroundings.leave.cancelled() => return None,
+            }
+        }
+    }
+
+    /// Notes why the VM is lost.
+    fn lost(&self, reason: String) -> Transition {
+        self.publish.send_modify(|status| status.failure = Some(reason.into()));
+        self.event(Input::Lost)
+    }
+
+    /// Ends what is left of a lost VM, and waits for its deletion.
+    async fn fail(&mut self, microvm: Option<&mut MicroVm>) -> Option<Transition> {
+        let reason = self.publish.borrow().failure.clone().unwrap_or_else(|| Arc::from(""));
+        if let Some(microvm) = microvm {
+            warn!(%reason, vm = microvm.id(), console = microvm.console_tail(), "microVM lost");
+            let stage = Stage::Failed { owner: self.owner.clone(), reason: reason.to_string() };
+            microvm.note(stage);
+            microvm.end().await;
+        }
+        telemetry::lost();
+        self.publish.send_modify(|status| {
+            status.phase = Phase::Failed;
+            status.guest = None;
+        });
+        loop {
+            tokio::select! {
+                request = self.queue.recv() => {
+                    if self.answer(request?) == Some(Transition::Delete) {
+                        return Some(Transition::Delete);
+                    }
+                }
+                () = self.surroundings.leave.cancelled() => return None,
+            }
+        }
+    }
+
+    /// Removes everything; the deletion is remembered already.
+    async fn delete(&mut self, microvm: &mut Option<MicroVm>) -> Option<Transition> {
+        self.publish.send_modify(|status| {
+            status.phase = Phase::Deleting;
+            status.guest = None;
+        });
+        if let Some(microvm) = microvm {
+            microvm.note(Stage::Deleting(self.owner.clone()));
+        }
+        self.remove(microvm).await;
+        info!("deleted");
+        Some(self.event(Input::Removed))
+    }
+
+    /// Removes what a failed start has left, as if it had never been.
+    async fn undo(&mut self, microvm: &mut Option<MicroVm>) -> Option<Transition> {
+        self.publish.send_modify(|status| status.phase = Phase::Deleting);
+        self.remove(microvm).await;
+        Some(self.event(Input::Removed))
+    }
+
+    /// Removes the VM, and the one that it was to replace, while requests are answered.
+    async fn remove(&mut self, microvm: &mut Option<MicroVm>) {
+        let predecessor = self.predecessor.take();
+        let mut removal = std::pin::pin!(async {
+            if let Some(mut microvm) = microvm.take() {
+                microvm.destroy().await;
+            }
+            replace(predecessor).await;
+        });
+        loop {
+            tokio::select! {
+                () = &mut removal => return,
+                Some(request) = self.queue.recv() => {
+                    self.answer(request);
+                }
+            }
+        }
+    }
+
+    /// Answers a request and returns the transition that was decided. A caller that is gone is none.
+    fn answer(&self, request: Request) -> Option<Transition> {
+        let phase = self.publish.borrow().phase;
+        let (input, reply) = match request {
+            Request::Create { epoch, reply } => (Input::Create { epoch }, reply),
+            Request::Delete { epoch, idle_since, reply } => {
+                // Only an accepted delete may shut calls out, so an old epoch is sorted out first.
+                let dry = decide(phase, self.owner.epoch, Input::Delete { epoch, used: false });
+                let closes = dry == Ok(Transition::Delete) && phase != Phase::Failed;
+                let used = closes && !self.activity.close(idle_since);
+                (Input::Delete { epoch, used }, reply)
+            }
+        };
+        let decided = decide(phase, self.owner.epoch, input);
+        if let (Input::Delete { epoch, .. }, Ok(_)) = (input, decided) {
+            // Before anything is removed, and also where a failed start is being undone: from now on a create
+            // that was delayed on its way finds the tombstone. It holds in memory even if the disk is full.
+            if let Err(error) = self.surroundings.tombstones.lock().add(&self.owner.sandbox, epoch) {
+                warn!(%error, "cannot write down the deletion");
+            }
+        }
+        let _ = reply.send(decided);
+        decided.ok()
+    }
+
+    /// What an event leads to. Events are never denied.
+    fn event(&self, input: Input) -> Transition {
+        let phase = self.publish.borrow().phase;
+        decide(phase, self.owner.epoch, input).unwrap_or(Transition::Ignore)
+    }
+}
+
+async fn ended(microvm: Option<&MicroVm>) {
+    match microvm {
+        Some(microvm) => microvm.exit().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends the VM of an earlier epoch. Its own epoch is given: the tombstone must not refuse the create that replaces it.
+async fn replace(predecessor: Option<Vm>) {
+    if let Some(old) = predecessor {
+        // It fails only if the agent ends.
+        let _ = old.delete(old.owner().epoch, None).await;
+    }
+}

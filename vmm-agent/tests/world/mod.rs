@@ -1,0 +1,461 @@
+//! A host without any VMM: its "processes" and "homes" live in memory, outlive every agent that the tests start
+//! and drop, and can be told to fail, to wait, or to stop the agent at any step.
+
+// Each test file uses a part of it.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use oc_proto::{
+    mesh::{
+        ActivateRequest, ActivateResponse, QuiesceRequest, QuiesceResponse,
+        guest_service_server::{GuestService, GuestServiceServer},
+    },
+    v1::{
+        RunRequest, RunResponse,
+        exec_service_server::{ExecService, ExecServiceServer},
+    },
+};
+use oc_vmm_agent::{
+    backend::{Backend, Condition, Guest, Instance},
+    capacity::Limits,
+    host::Host,
+    identity::{Epoch, SandboxId},
+    journal::Owner,
+    microvm::{Kind, MakeError},
+    pool::{Pool, Settings},
+    vm::start::Order,
+    workshop::Workshop,
+};
+use parking_lot::Mutex;
+use tokio::{sync::Notify, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+use tower::{ServiceExt as _, util::BoxCloneSyncService};
+
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The host that outlives its agents.
+#[derive(Debug, Default)]
+pub struct World {
+    pub vms: Mutex<HashMap<String, FakeVm>>,
+    /// Steps taken so far, and the one at which the agent is stopped for good.
+    steps: AtomicUsize,
+    crash_at: AtomicUsize,
+    pub crashed: Notify,
+    /// How many of the next restores and boots fail.
+    pub failing_restores: AtomicUsize,
+    pub failing_boots: AtomicUsize,
+    pub failing_goldens: AtomicBool,
+    /// While true, goldens are waited for.
+    pub golden_waits: AtomicBool,
+    pub released: Notify,
+    /// Every activation: (vm, request).
+    pub activations: Mutex<Vec<(String, ActivateRequest)>>,
+    pub made: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+pub struct FakeVm {
+    pub process: Option<Process>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Process {
+    pub exit: CancellationToken,
+    pub paused: Arc<AtomicBool>,
+    pub sandbox: Arc<Mutex<String>>,
+    pub deaf: Arc<AtomicBool>,
+}
+
+impl World {
+    pub fn new() -> Arc<Self> {
+        let world = Self::default();
+        world.crash_at.store(usize::MAX, Ordering::SeqCst);
+        Arc::new(world)
+    }
+
+    /// The agent makes no further step after `steps` more.
+    pub fn crash_after(&self, steps: usize) {
+        self.steps.store(0, Ordering::SeqCst);
+        self.crash_at.store(steps, Ordering::SeqCst);
+    }
+
+    pub fn never_crash(&self) {
+        self.crash_at.store(usize::MAX, Ordering::SeqCst);
+    }
+
+    /// One thing that the agent does to the host: before it and after it are instants at which it may die.
+    async fn step(&self) {
+        if self.steps.fetch_add(1, Ordering::SeqCst) >= self.crash_at.load(Ordering::SeqCst) {
+            self.crashed.notify_one();
+            std::future::pending::<()>().await;
+        }
+        tokio::task::yield_now().await;
+    }
+
+    /// Sandboxes whose guests run, by what they were last told.
+    pub fn sandboxes(&self) -> BTreeSet<String> {
+        let vms = self.vms.lock();
+        let named =
+            vms.values().filter_map(|vm| vm.process.as_ref()).filter(|process| !process.exit.is_cancelled());
+        named.map(|process| process.sandbox.lock().clone()).filter(|name| !name.is_empty()).collect()
+    }
+
+    pub fn vm_of(&self, sandbox: &str) -> Process {
+        let vms = self.vms.lock();
+        let mut named = vms.values().filter_map(|vm| vm.process.clone());
+        named.find(|process| *process.sandbox.lock() == sandbox).expect("a VM of that sandbox")
+    }
+
+    fn process(&self, vm: &str) -> Result<Process, MakeError> {
+        let vms = self.vms.lock();
+        let process = vms.get(vm).and_then(|vm| vm.process.clone());
+        process.filter(|p| !p.exit.is_cancelled()).ok_or_else(|| MakeError::Backend("no process".into()))
+    }
+
+    fn start(&self, vm: &str, paused: bool) -> Result<(), MakeError> {
+        self.made.fetch_add(1, Ordering::SeqCst);
+        let mut vms = self.vms.lock();
+        let vm = vms.get_mut(vm).ok_or_else(|| MakeError::Backend("no home".into()))?;
+        vm.process = Some(Process {
+            exit: CancellationToken::new(),
+            paused: Arc::new(AtomicBool::new(paused)),
+            sandbox: Arc::default(),
+            deaf: Arc::default(),
+        });
+        Ok(())
+    }
+}
+
+fn take_one(counter: &AtomicUsize) -> bool {
+    counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
+}
+
+/// The backend of one agent.
+#[derive(Debug)]
+pub struct FakeBackend(pub Arc<World>);
+
+#[derive(Debug)]
+struct FakeInstance {
+    world: Arc<World>,
+    id: String,
+}
+
+#[tonic::async_trait]
+impl Backend for FakeBackend {
+    fn accelerator(&self) -> &'static str {
+        "tcg"
+    }
+
+    fn vmm(&self) -> String {
+        "fake 1".into()
+    }
+
+    fn templates(&self) -> Vec<String> {
+        vec!["base".into()]
+    }
+
+    async fn golden(&self, _: &Kind) -> Result<(), MakeError> {
+        self.0.step().await;
+        loop {
+            let released = self.0.released.notified();
+            if !self.0.golden_waits.load(Ordering::SeqCst) {
+                break;
+            }
+            released.await;
+        }
+        if self.0.failing_goldens.load(Ordering::SeqCst) {
+            return Err(MakeError::Backend("no golden snapshot".into()));
+        }
+        Ok(())
+    }
+
+    async fn existing(&self) -> Result<Vec<String>, MakeError> {
+        Ok(self.0.vms.lock().keys().cloned().collect())
+    }
+
+    fn open(&self, vm: &str) -> Box<dyn Instance> {
+        Box::new(FakeInstance { world: self.0.clone(), id: vm.into() })
+    }
+
+    async fn clean_up(&self) -> Result<(), MakeError> {
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl Instance for FakeInstance {
+    async fn create(&mut self) -> Result<(), MakeError> {
+        self.world.step().await;
+        self.world.vms.lock().insert(self.id.clone(), FakeVm::default());
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn restore(&mut self, _: &Kind) -> Result<(), MakeError> {
+        self.world.step().await;
+        if take_one(&self.world.failing_restores) {
+            return Err(MakeError::Backend("the snapshot is torn".into()));
+        }
+        self.world.start(&self.id, true)?;
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn boot(&mut self, _: &Kind) -> Result<(), MakeError> {
+        self.world.step().await;
+        if take_one(&self.world.failing_boots) {
+            return Err(MakeError::Backend("the kernel panics".into()));
+        }
+        self.world.start(&self.id, false)?;
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn adopt(&mut self) -> Result<bool, MakeError> {
+        Ok(self.world.process(&self.id).is_ok())
+    }
+
+    async fn resume(&self) -> Result<(), MakeError> {
+        self.world.step().await;
+        self.world.process(&self.id)?.paused.store(false, Ordering::SeqCst);
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn condition(&self) -> Result<Condition, MakeError> {
+        self.world.process(&self.id).map(|_| Condition::Runs)
+    }
+
+    async fn grow_disk(&self, _: u32) -> Result<(), MakeError> {
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn pause(&self) -> Result<(), MakeError> {
+        self.world.step().await;
+        self.world.process(&self.id)?.paused.store(true, Ordering::SeqCst);
+        self.world.step().await;
+        Ok(())
+    }
+
+    fn guest(&self) -> Option<Guest> {
+        let process = self.world.process(&self.id).ok()?;
+        let guest = FakeGuest { world: self.world.clone(), vm: self.id.clone(), process };
+        let routes = tonic::service::Routes::new(GuestServiceServer::new(guest.clone()))
+            .add_service(ExecServiceServer::new(guest.clone()))
+            .add_service(oc_proto::v1::file_service_server::FileServiceServer::new(files::Root));
+        let deaf = guest.process.deaf;
+        let service = tower::service_fn(move |request: http::Request<tonic::body::Body>| {
+            let (routes, deaf) = (routes.clone(), deaf.clone());
+            async move {
+                if deaf.load(Ordering::SeqCst) {
+                    std::future::pending::<()>().await;
+                }
+                let Ok(response) = routes.oneshot(request).await;
+                Ok::<_, Status>(response.map(tonic::body::Body::new))
+            }
+        });
+        Some(BoxCloneSyncService::new(service))
+    }
+
+    fn exit(&self) -> BoxFuture<'static, ()> {
+        let process = self.world.vms.lock().get(&self.id).and_then(|vm| vm.process.clone());
+        Box::pin(async move {
+            match process {
+                Some(process) => process.exit.cancelled_owned().await,
+                None => std::future::pending().await,
+            }
+        })
+    }
+
+    async fn kill(&mut self) -> Result<(), MakeError> {
+        self.world.step().await;
+        if let Ok(process) = self.world.process(&self.id) {
+            process.exit.cancel();
+        }
+        Ok(())
+    }
+
+    async fn destroy(&mut self) -> Result<(), MakeError> {
+        self.world.step().await;
+        if let Ok(process) = self.world.process(&self.id) {
+            process.exit.cancel();
+        }
+        self.world.step().await;
+        self.world.vms.lock().remove(&self.id);
+        self.world.step().await;
+        Ok(())
+    }
+
+    fn console_tail(&self) -> String {
+        String::new()
+    }
+}
+
+#[derive(Clone)]
+struct FakeGuest {
+    world: Arc<World>,
+    vm: String,
+    process: Process,
+}
+
+#[tonic::async_trait]
+impl GuestService for FakeGuest {
+    async fn activate(
+        &self,
+        request: Request<ActivateRequest>,
+    ) -> Result<Response<ActivateResponse>, Status> {
+        self.world.step().await;
+        if self.process.paused.load(Ordering::SeqCst) || self.process.exit.is_cancelled() {
+            return Err(Status::unavailable("paused or dead"));
+        }
+        let request = request.into_inner();
+        *self.process.sandbox.lock() = request.sandbox_id.clone();
+        self.world.activations.lock().push((self.vm.clone(), request));
+        self.world.step().await;
+        Ok(Response::new(ActivateResponse::default()))
+    }
+
+    async fn quiesce(&self, _: Request<QuiesceRequest>) -> Result<Response<QuiesceResponse>, Status> {
+        Ok(Response::new(QuiesceResponse::default()))
+    }
+}
+
+#[tonic::async_trait]
+impl ExecService for FakeGuest {
+    /// `wait` runs until the VM dies; everything else echoes the sandbox.
+    async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
+        if request.get_ref().cmd == "wait" {
+            self.process.exit.cancelled().await;
+            return Err(Status::unavailable("the link broke"));
+        }
+        let stdout = self.process.sandbox.lock().clone().into_bytes().into();
+        Ok(Response::new(RunResponse { stdout, ..Default::default() }))
+    }
+}
+
+/// Only what an adoption asks.
+mod files {
+    use std::pin::Pin;
+
+    use oc_proto::v1::{file_service_server::FileService, *};
+    use tokio_stream::Stream;
+    use tonic::{Request, Response, Status, Streaming};
+
+    pub struct Root;
+
+    macro_rules! unimplemented_calls {
+        ($($name:ident: $request:ty => $response:ty;)*) => {
+            #[tonic::async_trait]
+            impl FileService for Root {
+                type ReadFileStream = Pin<Box<dyn Stream<Item = Result<ReadFileResponse, Status>> + Send>>;
+
+                async fn stat_file(&self, _: Request<StatFileRequest>) -> Result<Response<StatFileResponse>, Status> {
+                    Ok(Response::new(StatFileResponse::default()))
+                }
+
+                async fn read_file(&self, _: Request<ReadFileRequest>) -> Result<Response<Self::ReadFileStream>, Status> {
+                    Err(Status::unimplemented(""))
+                }
+
+                $(async fn $name(&self, _: Request<$request>) -> Result<Response<$response>, Status> {
+                    Err(Status::unimplemented(""))
+                })*
+            }
+        };
+    }
+
+    unimplemented_calls! {
+        write_file: Streaming<WriteFileRequest> => WriteFileResponse;
+        list_directory: ListDirectoryRequest => ListDirectoryResponse;
+        make_directory: MakeDirectoryRequest => MakeDirectoryResponse;
+        remove_file: RemoveFileRequest => RemoveFileResponse;
+        rename_file: RenameFileRequest => RenameFileResponse;
+    }
+}
+
+pub fn kind() -> Kind {
+    Kind { template: "base".into(), cpu_count: 1, memory_mb: 1024 }
+}
+
+pub fn order() -> Order {
+    Order { kind: kind(), disk_mb: 20480, envs: HashMap::from([("A".into(), "b".into())]) }
+}
+
+pub fn owner(sandbox: &str, epoch: u64) -> Owner {
+    Owner { sandbox: id(sandbox), epoch: Epoch(epoch) }
+}
+
+pub fn id(sandbox: &str) -> SandboxId {
+    SandboxId::parse(sandbox).unwrap()
+}
+
+/// One agent of the host.
+pub struct Agent {
+    pub host: Host,
+    pub pool: Pool,
+    cancel: CancellationToken,
+    filling: JoinHandle<()>,
+}
+
+impl Agent {
+    /// Starts an agent over what `data_dir` and `world` hold, on the boot called `boot`.
+    pub async fn start_on(boot: &str, world: &Arc<World>, data_dir: &Path, pool_size: usize) -> Self {
+        let backend = Arc::new(FakeBackend(world.clone()));
+        let workshop = Arc::new(Workshop::open(backend, data_dir, boot.into()).unwrap());
+        let settings = Settings {
+            shelves: vec![(kind(), pool_size)],
+            parallel: 2,
+            memory_reserve_mb: 0,
+            clone_mb: 1,
+            disk_reserve_mb: 0,
+            data_dir: data_dir.into(),
+        };
+        let pool = Pool::new(workshop.clone(), settings);
+        let limits = Limits { max_sandboxes: 100, memory_reserve_mb: 0, disk_reserve_mb: 0 };
+        let host = Host::open(workshop, pool.clone(), limits).unwrap();
+        host.recover().await.unwrap();
+        let cancel = CancellationToken::new();
+        let filling = tokio::spawn(pool.clone().run(cancel.clone()));
+        Self { host, pool, cancel, filling }
+    }
+
+    pub async fn start(world: &Arc<World>, data_dir: &Path, pool_size: usize) -> Self {
+        Self::start_on("boot", world, data_dir, pool_size).await
+    }
+
+    /// Waits until so many clones wait.
+    pub async fn pool_holds(&self, ready: usize) {
+        let mut watch = self.pool.ready();
+        let full = watch.wait_for(|n| *n == ready);
+        tokio::time::timeout(DEADLINE, full).await.expect("the pool fills in time").unwrap();
+    }
+
+    /// Ends the agent as a signal does: sandboxes go on.
+    pub async fn stop(self) {
+        self.cancel.cancel();
+        self.filling.await.unwrap();
+        self.host.leave(DEADLINE).await;
+    }
+}
+
+/// Waits until `condition` holds.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, waiting).await.unwrap_or_else(|_| panic!("{what}"));
+}
