@@ -1,0 +1,208 @@
+//! The hosts' agents, as the scheduler asks them. Each call has a deadline and is idempotent.
+
+use std::time::{Duration, SystemTime};
+
+use oc_mesh::{
+    channel::{Channels, ClientChannel, MAX_MESSAGE},
+    error::{Reason, reason_of},
+    view::View,
+};
+use oc_proto::mesh::{
+    CreateVmRequest, CreateVmResponse, DeleteVmRequest, HostRecord, ListVmsRequest, SandboxRecord, Vm,
+    agent_service_client::AgentServiceClient,
+};
+use thiserror::Error;
+use tonic::{Code, Request, Response, Status};
+
+use crate::flows;
+
+/// How long a host may take to make a microVM.
+pub const CREATE_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a host may take to end one.
+const DELETE_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a host may take to say what it has.
+const LIST_DEADLINE: Duration = Duration::from_secs(5);
+/// Pause before a call that never reached its host is repeated once: a connection to an agent that has just been
+/// restarted breaks at its first use.
+const RECONNECT: Duration = Duration::from_millis(50);
+
+/// Why a host did not do it.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// It is no member.
+    #[error("host {0} is not a member at the moment")]
+    NotMember(String),
+    /// It does not answer. Whether it did what was asked, nobody knows.
+    #[error("host {host} does not answer: {message}")]
+    Unreachable {
+        /// The host.
+        host: String,
+        /// What went wrong.
+        message: String,
+    },
+    /// It refused.
+    #[error("{message}")]
+    Refused {
+        /// Why.
+        reason: Reason,
+        /// In words.
+        message: String,
+    },
+}
+
+impl AgentError {
+    fn new(host: &str, status: &Status) -> Self {
+        let message = status.message().to_owned();
+        match reason_of(status).and_then(|reason| reason.parse::<Reason>().ok()) {
+            Some(Reason::DeadlineExceeded | Reason::HostUnavailable) => {
+                Self::Unreachable { host: host.into(), message }
+            }
+            Some(reason) => Self::Refused { reason, message },
+            None => match status.code() {
+                Code::InvalidArgument => Self::Refused { reason: Reason::InvalidArgument, message },
+                Code::Internal | Code::Unknown if !is_transport(status) => {
+                    Self::Refused { reason: Reason::Internal, message }
+                }
+                _ => Self::Unreachable { host: host.into(), message },
+            },
+        }
+    }
+
+    /// The stable reason to tell a user.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::NotMember(_) | Self::Unreachable { .. } => Reason::HostUnavailable,
+            Self::Refused { reason, .. } => *reason,
+        }
+    }
+
+    /// Whether another host might do what this one did not: all but a request that is wrong by itself.
+    pub fn is_of_this_host(&self) -> bool {
+        !matches!(self.reason(), Reason::InvalidArgument | Reason::InvalidSize)
+    }
+}
+
+/// Broken connections come as `UNKNOWN` or `INTERNAL` from the HTTP/2 layer, with the cause attached.
+fn is_transport(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
+}
+
+/// All hosts that are members.
+#[derive(Debug)]
+pub struct Agents {
+    hosts: View<HostRecord>,
+    channels: Channels,
+}
+
+impl Agents {
+    /// The hosts that `hosts` shows.
+    pub fn new(hosts: View<HostRecord>) -> Self {
+        Self { hosts, channels: Channels::new() }
+    }
+
+    /// The members.
+    pub fn hosts(&self) -> &View<HostRecord> {
+        &self.hosts
+    }
+
+    /// Drops the connections to hosts that have gone.
+    pub fn forget_gone(&self) {
+        let members = self.hosts.all();
+        self.channels.retain(|endpoint| members.iter().any(|(_, host)| host.endpoint == endpoint));
+    }
+
+    /// Makes the record's microVM on the record's host, within `deadline`.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`]; after [`AgentError::Unreachable`] there may be one all the same.
+    pub async fn create_vm(
+        &self,
+        record: &SandboxRecord,
+        deadline: Duration,
+    ) -> Result<CreateVmResponse, AgentError> {
+        let request = CreateVmRequest {
+            sandbox_id: record.sandbox_id.clone(),
+            epoch: record.epoch,
+            template_id: record.template_id.clone(),
+            size: record.size,
+            envs: record.envs.clone(),
+        };
+        let agent = self.agent(&record.host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(deadline, request.clone()));
+            async move { agent.create_vm(request).await }
+        };
+        repeated(&record.host_id, call).await
+    }
+
+    /// Ends a sandbox's microVM on a host; with `if_idle_since` only if it was not used since.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`], with `SANDBOX_ACTIVE` if it was used, and `STALE_EPOCH` if the host holds a newer one.
+    pub async fn delete_vm(
+        &self,
+        host_id: &str,
+        sandbox_id: &str,
+        epoch: u64,
+        if_idle_since: Option<SystemTime>,
+    ) -> Result<(), AgentError> {
+        let request = DeleteVmRequest {
+            sandbox_id: sandbox_id.into(),
+            epoch,
+            if_idle_since: if_idle_since.map(Into::into),
+        };
+        let agent = self.agent(host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(DELETE_DEADLINE, request.clone()));
+            async move { agent.delete_vm(request).await }
+        };
+        repeated(host_id, call).await.map(|_| ())
+    }
+
+    /// What a host has.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`].
+    pub async fn list_vms(&self, host_id: &str) -> Result<Vec<Vm>, AgentError> {
+        let agent = self.agent(host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(LIST_DEADLINE, ListVmsRequest {}));
+            async move { agent.list_vms(request).await }
+        };
+        Ok(repeated(host_id, call).await?.vms)
+    }
+
+    fn agent(&self, host_id: &str) -> Result<AgentServiceClient<ClientChannel>, AgentError> {
+        let host = self.hosts.get(host_id).ok_or_else(|| AgentError::NotMember(host_id.into()))?;
+        let channel = self
+            .channels
+            .get(&host.endpoint)
+            .map_err(|error| AgentError::Unreachable { host: host_id.into(), message: error.to_string() })?;
+        Ok(AgentServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE))
+    }
+}
+
+fn within<Q>(deadline: Duration, message: Q) -> Request<Q> {
+    let mut request = Request::new(message);
+    request.set_timeout(deadline);
+    if let Some(trace) = flows::trace() {
+        trace.apply(request.metadata_mut().as_mut());
+    }
+    request
+}
+
+/// Makes the call, and once more if its connection was broken.
+async fn repeated<A, F>(host_id: &str, call: impl Fn() -> F) -> Result<A, AgentError>
+where
+    F: Future<Output = Result<Response<A>, Status>>,
+{
+    let mut answer = call().await;
+    if answer.as_ref().is_err_and(is_transport) {
+        tokio::time::sleep(RECONNECT).await;
+        answer = call().await;
+    }
+    answer.map(Response::into_inner).map_err(|status| AgentError::new(host_id, &status))
+}

@@ -1,0 +1,193 @@
+//! What the scheduler is made of, and the order in which it comes up and goes down.
+//!
+//! Up: copies of the records, keys, ledger, socket, reconciliation, membership. No gateway sees it before it answers.
+//! Down: out of the membership, calls drained, flows finished, reconciliation stopped, ledger emptied.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::routing::get;
+use oc_mesh::{
+    clock::SharedClock,
+    endpoint::Endpoint,
+    keys,
+    membership::{DEFAULT_TTL, Registration},
+    serve::{Bound, Serve, ServeError},
+    store::{SharedStore, StoreError},
+    token::{TokenError, TokenSigner},
+    view::View,
+};
+use oc_proto::{
+    mesh::SchedulerRecord,
+    v1::{
+        key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
+        sandbox_service_server::SandboxServiceServer,
+    },
+};
+use prost::Message as _;
+use thiserror::Error;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+use crate::{
+    activity::Activity,
+    agents::Agents,
+    bootstrap,
+    config::Config,
+    flows::Flows,
+    ledger::Ledger,
+    reconcile::{Pace, Reconciler},
+    rpc::{
+        keys::KeyRpc,
+        nodes::NodeRpc,
+        present::Presenter,
+        sandboxes::{MAX_DEADLINE, SandboxRpc},
+    },
+    sandboxes::Sandboxes,
+    telemetry,
+};
+
+/// How long flows may go on after the last call.
+const FLOW_GRACE: Duration = Duration::from_secs(10);
+/// How long the ledger may take for what it still has to write. A store that does not answer must not keep a scheduler
+/// that is told to stop; what is not written is as if the process had died, and is reconciled.
+const LEDGER_GRACE: Duration = Duration::from_secs(5);
+
+/// Why the scheduler cannot run.
+#[derive(Debug, Error)]
+pub enum AppError {
+    /// The record store.
+    #[error("cannot use the record store")]
+    Store(#[from] StoreError),
+    /// The keys that sign tokens.
+    #[error("cannot sign tokens")]
+    Token(#[from] TokenError),
+    /// The endpoint.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+/// A scheduler that has bound its endpoint and is a member.
+#[derive(Debug)]
+pub struct App {
+    bound: Bound,
+    registration: Registration,
+    flows: Flows,
+    reconciling: CancellationToken,
+    views: CancellationToken,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl App {
+    /// Brings a scheduler up. It serves once [`run`](Self::run) is called, until `stop`.
+    ///
+    /// # Errors
+    ///
+    /// [`AppError`].
+    pub async fn start(
+        config: &Config,
+        store: SharedStore,
+        clock: SharedClock,
+        pace: Pace,
+        stop: CancellationToken,
+    ) -> Result<Self, AppError> {
+        telemetry::describe();
+        let (views, reconciling, tasks) =
+            (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+        // Ends the copies if anything below fails.
+        let unfinished = views.clone().drop_guard();
+        let records = View::start(store.clone(), keys::SANDBOXES, views.clone()).await?;
+        let hosts = View::start(store.clone(), keys::HOSTS, views.clone()).await?;
+        let schedulers = View::start(store.clone(), keys::SCHEDULERS, views.clone()).await?;
+        let signer = TokenSigner::ensure(&store).await?;
+        if let Some(hash) = &config.bootstrap_key_hash {
+            bootstrap::ensure_key(store.as_ref(), hash, &config.bootstrap_tenant, clock.now()).await?;
+        }
+
+        let (ledger, writer) = Ledger::start(store.clone(), hosts.clone(), config.quota()).await?;
+        tasks.spawn(writer);
+        let (activity, flows) = (Activity::default(), Flows::default());
+        let sandboxes = Sandboxes {
+            ledger,
+            agents: Arc::new(Agents::new(hosts.clone())),
+            flows: flows.clone(),
+            records,
+            activity: activity.clone(),
+            clock: clock.clone(),
+        };
+        let presenter = Presenter { signer, hosts: hosts.clone(), activity };
+        let routes = routes(
+            SandboxRpc::new(sandboxes.clone(), presenter),
+            KeyRpc::new(store.clone(), clock),
+            NodeRpc::new(store.clone(), hosts, sandboxes.clone()),
+        );
+        let bound = Serve {
+            listen: config.listen.clone(),
+            routes,
+            max_concurrent: config.max_calls,
+            max_deadline: MAX_DEADLINE,
+            shutdown: stop.clone(),
+        }
+        .bind()
+        .await?;
+
+        let scheduler_id = config.scheduler_id();
+        let member = SchedulerRecord {
+            scheduler_id: scheduler_id.clone(),
+            endpoint: bound.endpoint().to_string(),
+            version: oc_mesh::VERSION.into(),
+        };
+        let key = keys::scheduler(&scheduler_id);
+        let registration =
+            Registration::start(store.clone(), key, member.encode_to_vec().into(), DEFAULT_TTL).await?;
+        let reconciler =
+            Reconciler { sandboxes, store, schedulers, scheduler_id: scheduler_id.clone(), pace };
+        tasks.spawn(reconciler.run(reconciling.clone()));
+        tasks.close();
+        unfinished.disarm();
+        tracing::info!(scheduler_id, endpoint = member.endpoint, "ready");
+        Ok(Self { bound, registration, flows, reconciling, views, tasks, stop })
+    }
+
+    /// Where it listens.
+    pub fn endpoint(&self) -> Endpoint {
+        self.bound.endpoint()
+    }
+
+    /// Serves until it is told to stop, then goes down in order.
+    ///
+    /// # Errors
+    ///
+    /// Serving broke.
+    pub async fn run(self) -> Result<(), AppError> {
+        let Self { bound, registration, flows, reconciling, views, tasks, stop } = self;
+        let leaving = stop.clone();
+        let leave = async move {
+            leaving.cancelled().await;
+            registration.leave().await;
+        };
+        let serve = async move {
+            let served = bound.run().await;
+            // Also when serving broke by itself.
+            stop.cancel();
+            served
+        };
+        let (served, ()) = tokio::join!(serve, leave);
+        flows.finish(FLOW_GRACE).await;
+        reconciling.cancel();
+        if tokio::time::timeout(LEDGER_GRACE, tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = tasks.len(), "the ledger did not end in time and is cut off");
+        }
+        views.cancel();
+        tracing::info!("stopped");
+        Ok(served?)
+    }
+}
+
+fn routes(sandboxes: SandboxRpc, keys: KeyRpc, nodes: NodeRpc) -> Routes {
+    let services = Routes::new(SandboxServiceServer::new(sandboxes))
+        .add_service(KeyServiceServer::new(keys))
+        .add_service(NodeServiceServer::new(nodes));
+    let metrics = get(|| async { oc_mesh::telemetry::render_metrics() });
+    services.into_axum_router().route("/metrics", metrics).into()
+}

@@ -1,0 +1,20 @@
+//! The `oc-scheduler` binary.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use oc_mesh::{clock::SystemClock, limits, shutdown, store, telemetry};
+use oc_scheduler::{app::App, config::Config, reconcile::Pace};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let config = Config::parse();
+    telemetry::init("oc-scheduler");
+    limits::raise_open_files()?;
+    let stop = shutdown::on_signal()?;
+    let store = store::open(&config.store).await.context("the record store could not be opened")?;
+    let app = App::start(&config, store, Arc::new(SystemClock), Pace::default(), stop).await?;
+    app.run().await?;
+    Ok(())
+}

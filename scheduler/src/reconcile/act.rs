@@ -1,0 +1,148 @@
+//! Carries out what a plan says, after a second look.
+
+use oc_mesh::error::Reason;
+use oc_proto::mesh::{SandboxRecord, Vm};
+
+use super::plan::{Action, Around, Moment, judge, judge_record};
+use crate::{
+    agents::AgentError,
+    ledger::{LedgerError, Versioned},
+    lifecycle::{self, Denied},
+    refusal::Refusal,
+    sandboxes::Sandboxes,
+    telemetry,
+};
+
+/// A host's answer about one sandbox.
+#[derive(Debug)]
+pub(super) struct Seen<'a> {
+    pub(super) host_id: &'a str,
+    pub(super) vm: Option<&'a Vm>,
+}
+
+impl Sandboxes {
+    /// Carries out an action that follows from what a host said, if the record as it is stored now agrees.
+    pub(super) async fn reconcile_vm(
+        &self,
+        sandbox_id: &str,
+        action: Action,
+        seen: Seen<'_>,
+        moment: Moment,
+    ) {
+        if self.flows.is_live(sandbox_id) {
+            return;
+        }
+        let result = async {
+            let stored = self.ledger.read(sandbox_id).await?;
+            let record = stored.as_ref().map(|stored| &stored.record);
+            if judge(seen.host_id, record, seen.vm, moment).as_ref() != Some(&action) {
+                return Ok(false);
+            }
+            self.perform(sandbox_id, &action, stored, seen.host_id, moment).await
+        };
+        report(sandbox_id, &action, result.await);
+    }
+
+    /// Carries out an action that follows from the record alone, if it still does.
+    pub(super) async fn reconcile_record(&self, sandbox_id: &str, action: Action, moment: Moment) {
+        let result = async {
+            let Some(stored) = self.ledger.read(sandbox_id).await? else { return Ok(false) };
+            let around = self.around(sandbox_id, &stored.record);
+            if judge_record(&stored.record, around, moment).as_ref() != Some(&action) {
+                return Ok(false);
+            }
+            let host_id = stored.record.host_id.clone();
+            self.perform(sandbox_id, &action, Some(stored), &host_id, moment).await
+        };
+        report(sandbox_id, &action, result.await);
+    }
+
+    /// What is known of a record without asking its host.
+    pub(super) fn around(&self, sandbox_id: &str, record: &SandboxRecord) -> Around {
+        Around {
+            is_live: self.flows.is_live(sandbox_id),
+            has_host: self.agents.hosts().get(&record.host_id).is_some(),
+        }
+    }
+
+    /// Whether anything was done.
+    async fn perform(
+        &self,
+        sandbox_id: &str,
+        action: &Action,
+        stored: Option<Versioned>,
+        host_id: &str,
+        moment: Moment,
+    ) -> Result<bool, Refusal> {
+        if let Action::EndStray { epoch } = action {
+            self.agents.delete_vm(host_id, sandbox_id, *epoch, None).await?;
+            return Ok(true);
+        }
+        let Some(stored) = stored else { return Ok(false) };
+        let now = moment.now;
+        match action {
+            Action::Undo => {
+                // Best effort: what stays is a stray, and ended as such.
+                let epoch = stored.record.epoch;
+                let _ = self.agents.delete_vm(host_id, sandbox_id, epoch, None).await;
+                self.ledger.remove(stored).await?;
+            }
+            Action::Fail { failure } => {
+                let failed = self.ledger.step(stored, |record| lifecycle::fail(record, failure, now)).await?;
+                tracing::warn!(sandbox_id, host_id, failure, "sandbox failed");
+                // What is left of it on the host; if that fails it is a stray from now on.
+                let _ = self.agents.delete_vm(host_id, sandbox_id, failed.record.epoch, None).await;
+            }
+            Action::FinishDelete => self.finish_delete(stored).await?,
+            Action::EndIdle { idle_since } => {
+                let asked = self.ledger.step(stored, |record| lifecycle::end_idle(record, now)).await?;
+                let epoch = asked.record.epoch;
+                match self.agents.delete_vm(host_id, sandbox_id, epoch, Some(*idle_since)).await {
+                    Ok(()) => {
+                        self.bury(sandbox_id).await?;
+                        tracing::info!(
+                            sandbox_id,
+                            host_id,
+                            timeout = asked.record.timeout,
+                            "idle sandbox ended"
+                        );
+                    }
+                    Err(AgentError::Refused { reason: Reason::SandboxActive, .. }) => {
+                        self.spare(asked).await?
+                    }
+                    // Until the host has answered, nobody knows. The next look goes on from here.
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Action::Spare => self.spare(stored).await?,
+            Action::Bury => {
+                self.ledger.step(stored, |record| lifecycle::bury(record, now)).await?;
+            }
+            Action::Collect => self.ledger.remove(stored).await?,
+            Action::EndStray { .. } => {}
+        }
+        Ok(true)
+    }
+
+    async fn spare(&self, asked: Versioned) -> Result<(), Refusal> {
+        let now = self.clock.now();
+        self.ledger.step(asked, |record| lifecycle::spare(record, now)).await?;
+        Ok(())
+    }
+}
+
+fn report(sandbox_id: &str, action: &Action, result: Result<bool, Refusal>) {
+    match result {
+        Ok(false) | Err(Refusal::Ledger(LedgerError::Conflict | LedgerError::Denied(Denied::Deleted))) => {
+            tracing::debug!(sandbox_id, action = action.kind(), "already settled");
+        }
+        Ok(true) => {
+            telemetry::reconciled(action.kind(), true);
+            tracing::info!(sandbox_id, action = action.kind(), "reconciled");
+        }
+        Err(error) => {
+            telemetry::reconciled(action.kind(), false);
+            tracing::warn!(sandbox_id, action = action.kind(), %error, "not reconciled yet, trying again");
+        }
+    }
+}

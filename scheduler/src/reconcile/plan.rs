@@ -1,0 +1,191 @@
+//! What is to be done where records and microVMs differ. Pure: values in, actions out.
+//!
+//! A plan is made from knowledge that is not of one moment: records as they were *before* the host was asked what it
+//! has. So nothing is done by the plan alone. Each action is judged once more with the record as it is stored *after*
+//! the host's answer; only what both looks agree on is carried out, and by compare-and-set from that record.
+//!
+//! - *lost*: running before the host was asked, missing in its answer, and still running: it was missing while it ran.
+//! - *stray*: in the host's answer, and no record afterwards that wants it. Records are written before their microVMs.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use oc_proto::{
+    mesh::{SandboxRecord, Vm, VmState},
+    v1::SandboxState,
+};
+
+use crate::{
+    lifecycle::{self, FAILURE_KEPT, TOMBSTONE_KEPT},
+    sandboxes::create::ABANDONED_AFTER,
+};
+
+/// `CREATING` that no flow of this scheduler works on is given this long even if there is no other scheduler: that one
+/// may have started a moment ago.
+const UNOWNED_GRACE: Duration = Duration::from_secs(3);
+
+/// What to do about one sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Nobody finishes making it: remove it.
+    Undo,
+    /// Its microVM is lost.
+    Fail {
+        /// Why.
+        failure: String,
+    },
+    /// A microVM that no record wants.
+    EndStray {
+        /// Its epoch: a newer one stays.
+        epoch: u64,
+    },
+    /// It is marked: end the microVM, bury it.
+    FinishDelete,
+    /// It was idle for longer than its timeout.
+    EndIdle {
+        /// Spare it if it was used since then.
+        idle_since: SystemTime,
+    },
+    /// Its host was going to be asked to end it for idleness, but it is in use.
+    Spare,
+    /// Nothing is left of it.
+    Bury,
+    /// It was deleted long ago: forget it.
+    Collect,
+}
+
+impl Action {
+    /// Its name in metrics and logs.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Undo => "undo",
+            Self::Fail { .. } => "fail",
+            Self::EndStray { .. } => "end_stray",
+            Self::FinishDelete => "finish_delete",
+            Self::EndIdle { .. } => "end_idle",
+            Self::Spare => "spare",
+            Self::Bury => "bury",
+            Self::Collect => "collect",
+        }
+    }
+}
+
+/// The moment of a look.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// The time.
+    pub now: SystemTime,
+    /// Whether this is the only scheduler.
+    pub is_alone: bool,
+}
+
+/// What to do about the microVMs of one host: `records` are all there were before it was asked, `vms` its answer.
+pub fn plan(
+    host_id: &str,
+    records: &BTreeMap<String, Arc<SandboxRecord>>,
+    vms: &[Vm],
+    moment: Moment,
+) -> Vec<(String, Action)> {
+    let listed: BTreeMap<&str, &Vm> = vms.iter().map(|vm| (vm.sandbox_id.as_str(), vm)).collect();
+    let here = records.iter().filter(|(_, record)| record.host_id == host_id).map(|(id, _)| id.as_str());
+    let mut ids: Vec<&str> = here.chain(listed.keys().copied()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let judged = ids.into_iter().filter_map(|id| {
+        let record = records.get(id).map(AsRef::as_ref);
+        Some((id.to_owned(), judge(host_id, record, listed.get(id).copied(), moment)?))
+    });
+    judged.collect()
+}
+
+/// What to do about one sandbox, by its record and by what its host, or another, said of it.
+pub fn judge(
+    host_id: &str,
+    record: Option<&SandboxRecord>,
+    vm: Option<&Vm>,
+    moment: Moment,
+) -> Option<Action> {
+    match (record.filter(|record| record.host_id == host_id), vm) {
+        (Some(record), vm) => judge_placed(record, vm, moment),
+        (None, None) => None,
+        (None, Some(vm)) => match record {
+            // Placed elsewhere, with a newer epoch. Were it older, the record would be what is out of date.
+            Some(record) if record.epoch <= vm.epoch => None,
+            Some(_) | None => Some(Action::EndStray { epoch: vm.epoch }),
+        },
+    }
+}
+
+fn judge_placed(record: &SandboxRecord, vm: Option<&Vm>, moment: Moment) -> Option<Action> {
+    let stray = || vm.filter(|vm| vm.epoch <= record.epoch).map(|vm| Action::EndStray { epoch: vm.epoch });
+    match record.state() {
+        SandboxState::Deleted => stray(),
+        _ if record.deleting => Some(Action::FinishDelete),
+        SandboxState::Failed => stray(),
+        SandboxState::Running => judge_running(record, vm, moment),
+        // A flow works on it, or it is undone without its host.
+        SandboxState::Creating => None,
+        SandboxState::Hibernated | SandboxState::Restoring | SandboxState::Unspecified => None,
+    }
+}
+
+fn judge_running(record: &SandboxRecord, vm: Option<&Vm>, moment: Moment) -> Option<Action> {
+    let is_ending = lifecycle::is_ending_idle(record);
+    let Some(vm) = vm else {
+        // Asked to end it, the host has: then it was idle. Else it should be there.
+        let lost = || Action::Fail { failure: "its host has no such microVM any more".into() };
+        return Some(if is_ending { Action::Bury } else { lost() });
+    };
+    if vm.epoch != record.epoch {
+        return (vm.epoch < record.epoch).then_some(Action::EndStray { epoch: vm.epoch });
+    }
+    if vm.state() == VmState::Failed {
+        let failure =
+            if vm.failure.is_empty() { "its microVM is lost".to_owned() } else { vm.failure.clone() };
+        return Some(Action::Fail { failure });
+    }
+    match overdue_since(record, vm, moment.now) {
+        Some(idle_since) => Some(Action::EndIdle { idle_since }),
+        None => is_ending.then_some(Action::Spare),
+    }
+}
+
+/// The time since which it must have been used to be spared, if it was not.
+fn overdue_since(record: &SandboxRecord, vm: &Vm, now: SystemTime) -> Option<SystemTime> {
+    let timeout = u64::try_from(record.timeout).ok().filter(|seconds| *seconds > 0)?;
+    let used = lifecycle::time(vm.active_at).max(lifecycle::active_at(record));
+    let idle_since = now.checked_sub(Duration::from_secs(timeout))?;
+    (used < idle_since).then_some(idle_since)
+}
+
+/// What is known of a record without asking its host.
+#[derive(Clone, Copy, Debug)]
+pub struct Around {
+    /// Whether a flow of this scheduler works on it.
+    pub is_live: bool,
+    /// Whether its host is a member.
+    pub has_host: bool,
+}
+
+/// What to do about one record, whatever its host says.
+pub fn judge_record(record: &SandboxRecord, around: Around, moment: Moment) -> Option<Action> {
+    let Around { is_live, has_host } = around;
+    let since = |timestamp| moment.now.duration_since(lifecycle::time(timestamp)).unwrap_or_default();
+    match record.state() {
+        SandboxState::Deleted => (since(record.deleted_at) > TOMBSTONE_KEPT).then_some(Action::Collect),
+        // A look at its host finishes it. Without one nobody else would.
+        _ if record.deleting => (!has_host && !is_live).then_some(Action::FinishDelete),
+        SandboxState::Creating if !is_live => {
+            let patience = if moment.is_alone { UNOWNED_GRACE } else { ABANDONED_AFTER };
+            (since(record.created_at) > patience).then_some(Action::Undo)
+        }
+        SandboxState::Failed => (since(record.active_at) > FAILURE_KEPT).then_some(Action::Bury),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

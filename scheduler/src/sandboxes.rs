@@ -1,0 +1,111 @@
+//! What may be done with sandboxes, for callers that are known and requests that are parsed. Creating and deleting are
+//! flows of their own: [`create`], [`delete`].
+
+use std::{sync::Arc, time::Duration};
+
+use oc_mesh::{clock::SharedClock, view::View};
+use oc_proto::mesh::SandboxRecord;
+
+use crate::{
+    activity::Activity,
+    agents::Agents,
+    flows::Flows,
+    ledger::{Ledger, LedgerError, Versioned},
+    lifecycle::{self, Denied},
+    random,
+    refusal::Refusal,
+    sandbox_id::SandboxId,
+};
+
+pub mod create;
+pub mod delete;
+
+/// How long a list waits for its copy of the records to show what this process has answered.
+const CATCH_UP: Duration = Duration::from_secs(1);
+/// How long a new timeout waits for the answer of a host that was asked to end the sandbox for idleness.
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// Everything that sandboxes are managed with.
+#[derive(Clone, Debug)]
+pub struct Sandboxes {
+    pub(crate) ledger: Ledger,
+    pub(crate) agents: Arc<Agents>,
+    pub(crate) flows: Flows,
+    pub(crate) records: View<SandboxRecord>,
+    pub(crate) activity: Activity,
+    pub(crate) clock: SharedClock,
+}
+
+impl Sandboxes {
+    /// One sandbox of a tenant, deleted ones included while they are remembered.
+    ///
+    /// Read from the store: a caller sees what it was told a moment ago, whichever scheduler told it.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::SandboxNotFound`], for another tenant's too; failures of the store.
+    pub async fn get(&self, tenant: &str, sandbox_id: &str) -> Result<SandboxRecord, Refusal> {
+        Ok(self.find(tenant, sandbox_id).await?.record)
+    }
+
+    /// All sandboxes of a tenant that are not deleted, oldest first.
+    pub async fn list(&self, tenant: &str) -> Vec<Arc<SandboxRecord>> {
+        let mut records = self.all_but_deleted(|record| record.tenant == tenant).await;
+        records.sort_by(|left, right| age(left).cmp(&age(right)));
+        records
+    }
+
+    /// The sandboxes that are wanted and not deleted, in no order.
+    async fn all_but_deleted(&self, is_wanted: impl Fn(&SandboxRecord) -> bool) -> Vec<Arc<SandboxRecord>> {
+        // Not to be seen is worse than late: the copy shows what this process has written before it is read.
+        let written = self.ledger.written();
+        if tokio::time::timeout(CATCH_UP, self.records.reached(written)).await.is_err() {
+            tracing::warn!("the list of sandboxes may be old: the store's changes do not arrive");
+        }
+        let all = self.records.all().into_iter().map(|(_, record)| record);
+        all.filter(|record| is_wanted(record) && !lifecycle::is_deleted(record)).collect()
+    }
+
+    /// Sets a sandbox's idle timeout; its idle time starts anew.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::SandboxNotFound`]; [`Denied`] if it does not run.
+    pub async fn set_timeout(&self, tenant: &str, sandbox_id: &str, timeout: i32) -> Result<(), Refusal> {
+        self.find(tenant, sandbox_id).await?;
+        let step = |record: &SandboxRecord| lifecycle::set_timeout(record, timeout, self.clock.now());
+        let settled = async {
+            for attempt in 0.. {
+                match self.ledger.update(sandbox_id, step).await {
+                    // Its host has just been asked to end it for idleness. Only the host knows which came first.
+                    Err(LedgerError::Denied(Denied::NotReady)) if self.is_ending_idle(sandbox_id).await => {
+                        random::pause(Duration::from_millis(10), attempt).await;
+                    }
+                    settled => return settled.map(|_| ()),
+                }
+            }
+            Ok(())
+        };
+        let settled = tokio::time::timeout(SETTLE, settled).await;
+        Ok(settled.unwrap_or_else(|_| Err(Denied::NotReady.into()))?)
+    }
+
+    async fn is_ending_idle(&self, sandbox_id: &str) -> bool {
+        let found = self.ledger.read(sandbox_id).await;
+        found.is_ok_and(|found| found.is_some_and(|found| lifecycle::is_ending_idle(&found.record)))
+    }
+
+    /// The record of a tenant's sandbox.
+    async fn find(&self, tenant: &str, sandbox_id: &str) -> Result<Versioned, Refusal> {
+        // What is no ID names no sandbox, and never reaches the store.
+        let id: SandboxId = sandbox_id.parse().map_err(|_| Refusal::SandboxNotFound)?;
+        let found = self.ledger.read(id.as_str()).await?.ok_or(Refusal::SandboxNotFound)?;
+        if found.record.tenant == tenant { Ok(found) } else { Err(Refusal::SandboxNotFound) }
+    }
+}
+
+/// What a list is ordered by.
+pub fn age(record: &SandboxRecord) -> (i64, i32, &str) {
+    let created = record.created_at.unwrap_or_default();
+    (created.seconds, created.nanos, &record.sandbox_id)
+}

@@ -1,0 +1,170 @@
+//! Creating a sandbox.
+//!
+//! ```text
+//!   order ─► write CREATING ─► host makes the microVM ─► write RUNNING ─► answer
+//!              │ quota, place     │ fails
+//!              ▼                  ├─► another host takes it: write CREATING, higher epoch ─┐
+//!            refuse               │                        ▲───────────────────────────────┘
+//!                                 └─► none left: remove the record, release its share, refuse
+//! ```
+//!
+//! Two durable transactions when all goes well; all else comes from memory. The answer follows the second. A scheduler
+//! that dies in between leaves `CREATING`, which [reconciliation](crate::reconcile) undoes: nobody was told of it.
+
+use std::time::Duration;
+
+use oc_proto::mesh::CreateVmResponse;
+use tokio::time::Instant;
+
+use super::Sandboxes;
+use crate::{
+    agents::{AgentError, CREATE_DEADLINE},
+    ledger::{Change, LedgerError, Next, Versioned},
+    lifecycle::{self, Denied},
+    refusal::Refusal,
+    sandbox_id::SandboxId,
+    telemetry,
+    validate::Order,
+};
+
+/// Hosts that are tried at most.
+const MAX_HOSTS: usize = 3;
+/// How long all of them together may take.
+const BUDGET: Duration = Duration::from_secs(120);
+/// `CREATING` for longer than this, nobody works on it any more. Longer than [`BUDGET`] by far more than the two
+/// transactions take.
+pub const ABANDONED_AFTER: Duration = Duration::from_secs(180);
+
+impl Sandboxes {
+    /// Creates a sandbox and returns its record, running.
+    ///
+    /// May be given up on: what is not wanted any more when it runs is deleted.
+    ///
+    /// # Errors
+    ///
+    /// Quota, capacity, template; the host's reason.
+    pub async fn create(&self, tenant: &str, order: Order) -> Result<Versioned, Refusal> {
+        let id = SandboxId::generate().map_err(|error| Refusal::Internal(error.to_string()))?;
+        let (this, caller) = (self.clone(), self.clone());
+        let tenant = tenant.to_owned();
+        let abandoned = move |result: Result<Versioned, Refusal>| async move {
+            if let Ok(made) = result {
+                let sandbox_id = made.record.sandbox_id;
+                tracing::info!(sandbox_id, "its creator has gone away: deleting it");
+                if let Err(error) = this.end(&sandbox_id).await {
+                    tracing::warn!(sandbox_id, %error, "it stays until its idle timeout");
+                }
+            }
+        };
+        let flow = async move {
+            let begun = Instant::now();
+            let result = caller.make(&id, &tenant, order).await;
+            let outcome = result.as_ref().map_or_else(|refusal| refusal.reason().as_str(), |_| "ok");
+            telemetry::created(outcome, begun.elapsed());
+            match &result {
+                Ok(made) => tracing::info!(
+                    sandbox_id = id.as_str(),
+                    tenant,
+                    host_id = made.record.host_id,
+                    start_path = made.record.start_path().as_str_name(),
+                    elapsed_ms = begun.elapsed().as_millis(),
+                    "sandbox created"
+                ),
+                Err(error) => tracing::info!(sandbox_id = id.as_str(), tenant, %error, "sandbox not created"),
+            }
+            result
+        };
+        self.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping))
+    }
+
+    async fn make(&self, id: &SandboxId, tenant: &str, order: Order) -> Result<Versioned, Refusal> {
+        // Before the record exists, so that reconciliation never sees one that nobody works on.
+        let _live = self.flows.enter(id.as_str());
+        let deadline = Instant::now() + BUDGET;
+        let draft = lifecycle::draft(id, tenant, order, self.clock.now());
+        let to = Next::Placed { record: draft, avoid: Vec::new() };
+        let mut placed = self.write(id, None, to).await?;
+        let mut tried = Vec::new();
+        loop {
+            let record = &placed.record;
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            let failure = match self.agents.create_vm(record, CREATE_DEADLINE.min(remaining)).await {
+                Ok(made) => return self.run(placed, &made).await,
+                Err(failure) => failure,
+            };
+            tracing::warn!(sandbox_id = %id, host_id = record.host_id, error = %failure, "host did not make it");
+            self.clean_up(&placed, &failure);
+            tried.push(record.host_id.clone());
+            let may_go_on = failure.is_of_this_host() && tried.len() < MAX_HOSTS && Instant::now() < deadline;
+            let next = if may_go_on { self.place_again(id, &placed, &tried).await? } else { None };
+            match next {
+                Some(next) => placed = next,
+                None => {
+                    self.undo(placed).await;
+                    return Err(failure.into());
+                }
+            }
+        }
+    }
+
+    async fn write(
+        &self,
+        id: &SandboxId,
+        from: Option<Versioned>,
+        to: Next,
+    ) -> Result<Versioned, LedgerError> {
+        self.ledger.write(Change { sandbox_id: id.as_str().into(), from, to }).await
+    }
+
+    /// The microVM answers: so does the sandbox, as soon as that is durable.
+    async fn run(&self, placed: Versioned, made: &CreateVmResponse) -> Result<Versioned, Refusal> {
+        let now = self.clock.now();
+        match self.ledger.step(placed, |record| lifecycle::run(record, made, now)).await {
+            // Deleted while it was made; who deleted it ends the microVM, too.
+            Err(LedgerError::Conflict) => Err(Denied::Deleted.into()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Gives it to a host that was not tried yet; `None` if there is none.
+    async fn place_again(
+        &self,
+        id: &SandboxId,
+        placed: &Versioned,
+        tried: &[String],
+    ) -> Result<Option<Versioned>, Refusal> {
+        let to = Next::Placed { record: placed.record.clone(), avoid: tried.to_vec() };
+        match self.write(id, Some(placed.clone()), to).await {
+            Ok(next) => {
+                telemetry::placed_again();
+                Ok(Some(next))
+            }
+            Err(LedgerError::Unplaceable(_)) => Ok(None),
+            Err(LedgerError::Conflict) => Err(Denied::Deleted.into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Ends what a host may have made after it failed to say so. In the background, once: reconciliation does the rest.
+    fn clean_up(&self, placed: &Versioned, failure: &AgentError) {
+        if matches!(failure, AgentError::NotMember(_)) {
+            return;
+        }
+        let (agents, record) = (self.agents.clone(), placed.record.clone());
+        self.flows.spawn(async move {
+            let ended = agents.delete_vm(&record.host_id, &record.sandbox_id, record.epoch, None);
+            if let Err(error) = ended.await {
+                tracing::info!(sandbox_id = record.sandbox_id, %error, "what may be left is reconciled later");
+            }
+        });
+    }
+
+    /// Removes the record and releases its share.
+    async fn undo(&self, placed: Versioned) {
+        let sandbox_id = placed.record.sandbox_id.clone();
+        match self.ledger.remove(placed).await {
+            Ok(()) | Err(LedgerError::Conflict) => {}
+            Err(error) => tracing::warn!(sandbox_id, %error, "its record is undone by reconciliation"),
+        }
+    }
+}

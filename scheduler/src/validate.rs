@@ -1,0 +1,243 @@
+//! What a request may say. Parsed once, here; what comes out is trusted behind.
+
+use std::collections::HashMap;
+
+use oc_proto::{mesh::VmSize, v1::CreateSandboxRequest};
+use thiserror::Error;
+
+use crate::size::{self, SizeError};
+
+/// The template of who asks for none.
+const DEFAULT_TEMPLATE: &str = "base";
+/// Longest name of a template, bytes.
+const MAX_TEMPLATE: usize = 64;
+/// The idle timeout of who says nothing, seconds.
+const DEFAULT_TIMEOUT: i32 = 300;
+/// The longest idle timeout, seconds: 31 days.
+const MAX_TIMEOUT: i32 = 31 * 24 * 3600;
+/// Names and values of the environment together, bytes.
+const MAX_ENVS_BYTES: usize = 64 << 10;
+/// Variables of the environment.
+const MAX_ENVS: usize = 1024;
+/// Keys and values of the metadata together, bytes.
+const MAX_METADATA_BYTES: usize = 16 << 10;
+/// Entries of the metadata.
+const MAX_METADATA: usize = 256;
+/// Longest name of a tenant, bytes.
+const MAX_TENANT: usize = 64;
+/// Longest description of a key, bytes.
+const MAX_DESCRIPTION: usize = 256;
+
+/// A sandbox that may be asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Order {
+    /// The template.
+    pub template_id: String,
+    /// The size.
+    pub size: VmSize,
+    /// Idle timeout, seconds; 0 for none.
+    pub timeout: i32,
+    /// Environment of its commands.
+    pub envs: HashMap<String, String>,
+    /// Attached by the caller.
+    pub metadata: HashMap<String, String>,
+}
+
+/// What is wrong with a request.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Invalid {
+    /// The template's name has no such form.
+    #[error(
+        "templateID must be 1 to {MAX_TEMPLATE} characters of [a-z0-9._-] and begin with a letter or digit"
+    )]
+    Template,
+    /// The timeout is negative or too long.
+    #[error("timeout must be 0 to {MAX_TIMEOUT} seconds, not {0}")]
+    Timeout(i32),
+    /// The size is none of those there are.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// A variable of the environment has no name that a process could be given.
+    #[error("envs: the name {0:?} is empty or contains '=' or NUL")]
+    EnvName(String),
+    /// A variable of the environment has a value that a process cannot be given.
+    #[error("envs: the value of {0:?} contains NUL")]
+    EnvValue(String),
+    /// The environment is too large.
+    #[error("envs must be at most {MAX_ENVS} variables and {MAX_ENVS_BYTES} bytes in all")]
+    Envs,
+    /// The metadata is too large.
+    #[error("metadata must be at most {MAX_METADATA} entries and {MAX_METADATA_BYTES} bytes in all")]
+    Metadata,
+    /// An entry of the metadata has no name.
+    #[error("metadata: a key is empty")]
+    MetadataKey,
+    /// The tenant's name has no such form.
+    #[error("tenant must be 1 to {MAX_TENANT} characters of [a-z0-9-]")]
+    Tenant,
+    /// The description is too long.
+    #[error("description must be at most {MAX_DESCRIPTION} bytes")]
+    Description,
+    /// The page is too large, or negative.
+    #[error("page_size must be 0 to 1000, not {0}")]
+    PageSize(i32),
+    /// The page token is none of ours.
+    #[error("page_token must be the next_page_token of the answer before")]
+    PageToken,
+}
+
+/// Parses what is to be created.
+///
+/// # Errors
+///
+/// [`Invalid`] for the first thing that is wrong.
+pub fn order(request: CreateSandboxRequest) -> Result<Order, Invalid> {
+    let template_id = match request.template_id {
+        empty if empty.is_empty() => DEFAULT_TEMPLATE.to_owned(),
+        named => template(named)?,
+    };
+    let size = size::infer(request.cpu_count, request.memory_mb, request.disk_mb)?;
+    let timeout = timeout(request.timeout.unwrap_or(DEFAULT_TIMEOUT))?;
+    check_envs(&request.envs)?;
+    check_metadata(&request.metadata)?;
+    Ok(Order { template_id, size, timeout, envs: request.envs, metadata: request.metadata })
+}
+
+fn template(name: String) -> Result<String, Invalid> {
+    let legal = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let begins = name.bytes().next().is_some_and(legal);
+    let all = name.bytes().all(|byte| legal(byte) || b"._-".contains(&byte));
+    if begins && all && name.len() <= MAX_TEMPLATE { Ok(name) } else { Err(Invalid::Template) }
+}
+
+/// An idle timeout, seconds.
+///
+/// # Errors
+///
+/// [`Invalid::Timeout`].
+pub fn timeout(seconds: i32) -> Result<i32, Invalid> {
+    if (0..=MAX_TIMEOUT).contains(&seconds) { Ok(seconds) } else { Err(Invalid::Timeout(seconds)) }
+}
+
+/// A tenant's name.
+///
+/// # Errors
+///
+/// [`Invalid::Tenant`].
+pub fn tenant(name: &str) -> Result<(), Invalid> {
+    let legal = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if (1..=MAX_TENANT).contains(&name.len()) && name.bytes().all(legal) {
+        Ok(())
+    } else {
+        Err(Invalid::Tenant)
+    }
+}
+
+/// What a key is for.
+///
+/// # Errors
+///
+/// [`Invalid::Description`].
+pub fn description(text: &str) -> Result<(), Invalid> {
+    if text.len() <= MAX_DESCRIPTION { Ok(()) } else { Err(Invalid::Description) }
+}
+
+fn check_envs(envs: &HashMap<String, String>) -> Result<(), Invalid> {
+    if envs.len() > MAX_ENVS || bytes_in(envs) > MAX_ENVS_BYTES {
+        return Err(Invalid::Envs);
+    }
+    for (name, value) in envs {
+        // What execve(2) can carry; shells may ignore stranger names, other programs do not.
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return Err(Invalid::EnvName(name.clone()));
+        }
+        if value.contains('\0') {
+            return Err(Invalid::EnvValue(name.clone()));
+        }
+    }
+    Ok(())
+}
+
+fn check_metadata(metadata: &HashMap<String, String>) -> Result<(), Invalid> {
+    if metadata.len() > MAX_METADATA || bytes_in(metadata) > MAX_METADATA_BYTES {
+        return Err(Invalid::Metadata);
+    }
+    if metadata.contains_key("") {
+        return Err(Invalid::MetadataKey);
+    }
+    Ok(())
+}
+
+fn bytes_in(entries: &HashMap<String, String>) -> usize {
+    entries.iter().map(|(key, value)| key.len() + value.len()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_env(name: &str, value: &str) -> Result<Order, Invalid> {
+        order(CreateSandboxRequest { envs: [(name.into(), value.into())].into(), ..Default::default() })
+    }
+
+    #[test]
+    fn an_empty_request_means_the_defaults() {
+        let order = order(CreateSandboxRequest::default()).unwrap();
+        assert_eq!((order.template_id.as_str(), order.timeout), ("base", 300));
+        assert_eq!(order.size, VmSize { cpu_count: 1, memory_mb: 1024, disk_mb: 20_480 });
+    }
+
+    #[test]
+    fn templates_have_plain_names() {
+        for name in ["base", "python-3.12", "0", &"a".repeat(64)] {
+            assert!(template(name.into()).is_ok(), "{name}");
+        }
+        for name in ["../base", ".", "-x", "Base", "a/b", "a b", "a\0", "ä", &"a".repeat(65)] {
+            assert_eq!(template(name.into()), Err(Invalid::Template), "{name}");
+        }
+    }
+
+    #[test]
+    fn timeouts_are_bounded_and_zero_is_one() {
+        let with = |timeout| order(CreateSandboxRequest { timeout: Some(timeout), ..Default::default() });
+        assert_eq!(with(0).unwrap().timeout, 0);
+        assert_eq!(with(MAX_TIMEOUT).unwrap().timeout, MAX_TIMEOUT);
+        for bad in [-1, MAX_TIMEOUT + 1, i32::MIN] {
+            assert_eq!(with(bad), Err(Invalid::Timeout(bad)));
+        }
+    }
+
+    #[test]
+    fn the_environment_is_what_a_process_can_be_given() {
+        assert!(with_env("PATH", "/bin=\n").is_ok());
+        assert!(with_env("npm_config_a-b", "").is_ok());
+        assert_eq!(with_env("", "x"), Err(Invalid::EnvName(String::new())));
+        assert_eq!(with_env("A=B", "x"), Err(Invalid::EnvName("A=B".into())));
+        assert_eq!(with_env("A\0", "x"), Err(Invalid::EnvName("A\0".into())));
+        assert_eq!(with_env("A", "x\0"), Err(Invalid::EnvValue("A".into())));
+        assert!(with_env("A", &"x".repeat(MAX_ENVS_BYTES - 1)).is_ok());
+        assert_eq!(with_env("A", &"x".repeat(MAX_ENVS_BYTES)), Err(Invalid::Envs));
+    }
+
+    #[test]
+    fn metadata_is_bounded_by_bytes_and_by_count() {
+        let with = |metadata: HashMap<String, String>| {
+            order(CreateSandboxRequest { metadata, ..Default::default() }).map(|_| ())
+        };
+        let entries = |count: usize| (0..count).map(|n| (n.to_string(), String::new())).collect();
+        assert_eq!(with(entries(MAX_METADATA)), Ok(()));
+        assert_eq!(with(entries(MAX_METADATA + 1)), Err(Invalid::Metadata));
+        assert_eq!(with([("k".into(), "v".repeat(MAX_METADATA_BYTES))].into()), Err(Invalid::Metadata));
+        assert_eq!(with([(String::new(), "v".into())].into()), Err(Invalid::MetadataKey));
+    }
+
+    #[test]
+    fn tenants_have_plain_names() {
+        for name in ["a", "default", "acme-2", &"a".repeat(64)] {
+            assert_eq!(tenant(name), Ok(()), "{name}");
+        }
+        for name in ["", "Acme", "a/b", "a_b", "a b", &"a".repeat(65)] {
+            assert_eq!(tenant(name), Err(Invalid::Tenant), "{name}");
+        }
+    }
+}
