@@ -1,0 +1,208 @@
+//! The gateway itself: what it is made of, and which part of it answers a request.
+
+use std::sync::Arc;
+
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode, Version,
+    header::{CONTENT_TYPE, RETRY_AFTER},
+};
+use hyper::body::Incoming;
+use oc_mesh::{
+    caller::Caller,
+    clock::Clock,
+    error::{Reason, status},
+    keys,
+    store::SharedStore,
+    token::TokenVerifier,
+    view::View,
+};
+use oc_proto::mesh::{HostRecord, KeyRecord, SandboxRecord, SchedulerRecord};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+
+use crate::{
+    auth::{Authenticator, Identity, keys::ApiKeys},
+    budget::Budget,
+    cors,
+    exchange::{Ending, Exchange},
+    grpc::{self, local::Local},
+    listener::leftover,
+    rest::{self, Rest, answer},
+    sandboxes::Sandboxes,
+    surface::Surface,
+    upstream::Upstreams,
+};
+
+/// Everything that answers requests.
+#[derive(Debug)]
+pub struct App {
+    pub(crate) surface: Surface,
+    pub(crate) rest: Rest,
+    pub(crate) auth: Authenticator,
+    pub(crate) upstreams: Upstreams,
+    pub(crate) local: Local,
+    pub(crate) budget: Budget,
+    readiness: Readiness,
+    public_url: String,
+    permits: Arc<Semaphore>,
+}
+
+/// What must be known before calls can be answered.
+#[derive(Debug)]
+struct Readiness {
+    keys: View<KeyRecord>,
+    sandboxes: View<SandboxRecord>,
+    hosts: View<HostRecord>,
+    schedulers: View<SchedulerRecord>,
+    draining: CancellationToken,
+}
+
+impl Readiness {
+    /// What is missing; `None` when calls can be answered.
+    fn missing(&self) -> Option<&'static str> {
+        let current = self.keys.is_current()
+            && self.sandboxes.is_current()
+            && self.hosts.is_current()
+            && self.schedulers.is_current();
+        match () {
+            () if self.draining.is_cancelled() => Some("draining"),
+            () if !current => Some("the record store cannot be reached"),
+            () if self.schedulers.all().is_empty() => Some("no scheduler"),
+            () if self.hosts.all().is_empty() => Some("no host"),
+            () => None,
+        }
+    }
+}
+
+impl App {
+    /// Builds the gateway on a store. `draining` ends its readiness; it also ends the copies that it keeps of the
+    /// store's records, once the last request has been answered and the app is dropped.
+    ///
+    /// # Errors
+    /// The store cannot be read, or the contract cannot be served.
+    pub async fn new(
+        store: SharedStore,
+        public_url: String,
+        max_requests: usize,
+        clock: Arc<dyn Clock>,
+        draining: CancellationToken,
+        ended: CancellationToken,
+    ) -> anyhow::Result<Arc<Self>> {
+        let surface = Surface::load()?;
+        let rest = Rest::new(&surface)?;
+        let local = Local::new(&surface).await?;
+        let keys = View::start(store.clone(), keys::API_KEYS, ended.clone()).await?;
+        let records = View::start(store.clone(), keys::SANDBOXES, ended.clone()).await?;
+        let hosts = View::start(store.clone(), keys::HOSTS, ended.clone()).await?;
+        let schedulers = View::start(store.clone(), keys::SCHEDULERS, ended.clone()).await?;
+        let tokens = TokenVerifier::start(store.clone(), ended).await?;
+        let readiness = Readiness {
+            keys: keys.clone(),
+            sandboxes: records.clone(),
+            hosts: hosts.clone(),
+            schedulers: schedulers.clone(),
+            draining,
+        };
+        let auth = Authenticator::new(ApiKeys::new(store.clone(), keys), tokens, clock);
+        let upstreams = Upstreams::new(schedulers, Sandboxes::new(store, records, hosts));
+        let permits = Arc::new(Semaphore::new(max_requests));
+        Ok(Arc::new(Self {
+            surface,
+            rest,
+            auth,
+            upstreams,
+            local,
+            budget: Budget::default(),
+            readiness,
+            public_url,
+            permits,
+        }))
+    }
+
+    /// Answers one request.
+    pub async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let exchange = Exchange::begin(request.method(), request.headers());
+        let ending = Ending::of(Arc::clone(&exchange));
+        let is_http1 = request.version() < Version::HTTP_2;
+        let origin = cors::origin(&request);
+        let (request, leftover) = leftover::keep(request);
+
+        if let Some(response) = self.probe(&exchange, &request) {
+            return ending.follow(response, None);
+        }
+        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
+            metrics::counter!("oc_gateway_shed_total").increment(1);
+            let error = status(Reason::Overloaded, "the gateway is answering as many requests as it can");
+            let response =
+                if grpc::is_call(request.headers()) { error.into_http() } else { answer::error(&error) };
+            return ending.follow(response, None);
+        };
+        let response = if grpc::is_call(request.headers()) {
+            grpc::serve(&self, &exchange, request).await
+        } else if let Some(preflight) = cors::preflight(&request) {
+            preflight
+        } else {
+            let response = rest::serve(&self, &exchange, request).await;
+            if is_http1 && !response.status().is_success() {
+                leftover.discard().await;
+            }
+            cors::allow(response, origin)
+        };
+        ending.follow(response, Some(permit))
+    }
+
+    /// What is passed on about a caller.
+    pub(crate) fn caller(&self, identity: &Identity, exchange: &Exchange) -> Caller {
+        let (admin, sandbox) = match identity {
+            Identity::Key { admin, .. } => (*admin, None),
+            Identity::Sandbox { sandbox_id, .. } => (false, Some(sandbox_id.clone())),
+        };
+        Caller {
+            tenant: identity.tenant().to_owned(),
+            admin,
+            sandbox,
+            public_url: self.public_url.clone(),
+            request_id: exchange.request_id.clone(),
+        }
+    }
+
+    /// Tells watchers of health that no new calls are to be sent.
+    pub async fn drain(&self) {
+        self.local.drain().await;
+    }
+
+    /// Probes are answered without a credential, and while the gateway is overloaded, too.
+    fn probe<B>(&self, exchange: &Exchange, request: &Request<B>) -> Option<Response<Body>> {
+        if request.method() != Method::GET {
+            return None;
+        }
+        let path = request.uri().path();
+        let response = match path {
+            "/healthz" => text(StatusCode::OK, "ok\n".to_owned()),
+            "/readyz" => match self.readiness.missing() {
+                None => text(StatusCode::OK, "ready\n".to_owned()),
+                Some(missing) => {
+                    let mut response =
+                        text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {missing}\n"));
+                    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+                    response
+                }
+            },
+            "/metrics" => text(StatusCode::OK, oc_mesh::telemetry::render_metrics()),
+            _ => return None,
+        };
+        exchange.set_route(path);
+        exchange.set_quiet();
+        Some(response)
+    }
+}
+
+fn text(code: StatusCode, text: String) -> Response<Body> {
+    let mut response = Response::new(Body::new(http_body_util::Full::new(bytes::Bytes::from(text))));
+    *response.status_mut() = code;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+    response
+}

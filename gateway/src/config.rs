@@ -1,0 +1,54 @@
+//! How the gateway is told what to do: flags, or variables of the environment.
+
+use std::net::SocketAddr;
+
+use clap::Parser;
+
+/// The edge of a sandbox cloud: authentication, REST and gRPC on one port.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "oc-gateway", version)]
+pub struct Config {
+    /// Record store: `file:///path/store.db` or `etcd://host:port[,host:port]`.
+    #[arg(long, env = "OC_STORE", value_name = "URL")]
+    pub store: String,
+
+    /// Address and port to listen on; with port 0 the ready line and the member record say which was taken.
+    #[arg(long, env = "OC_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+
+    /// URL that clients reach this gateway by, as in a sandbox's `connectURL`; `http://` and the address that it
+    /// listens on where absent.
+    #[arg(long, env = "OC_PUBLIC_URL", value_name = "URL", value_parser = public_url)]
+    pub public_url: Option<String>,
+
+    /// Name among the gateways; a random one where absent.
+    #[arg(long, env = "OC_ID", value_name = "NAME")]
+    pub id: Option<String>,
+
+    /// Requests that are answered at the same time; more are refused as `OVERLOADED`.
+    #[arg(long, env = "OC_MAX_REQUESTS", value_name = "N", default_value_t = 4096)]
+    pub max_requests: usize,
+}
+
+/// An absolute `http` or `https` URL, without the slash at its end: paths are appended to it.
+fn public_url(text: &str) -> Result<String, String> {
+    let text = text.trim_end_matches('/');
+    let uri: http::Uri = text.parse().map_err(|error| format!("{error}"))?;
+    match (uri.scheme_str(), uri.authority(), uri.query()) {
+        (Some("http" | "https"), Some(_), None) => Ok(text.to_owned()),
+        _ => Err("must be an absolute http or https URL without a query".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_public_url_is_absolute_and_loses_its_last_slash() {
+        assert_eq!(public_url("https://a.example/base/").unwrap(), "https://a.example/base");
+        for wrong in ["a.example", "/x", "ftp://a", "http://a/?x=1", ""] {
+            assert!(public_url(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The listener: HTTP/1.1 and HTTP/2 without TLS on one port, with limits on everything that a peer can make large
+//! or slow.
+
+pub mod leftover;
+mod sniff;
+
+use std::{convert::Infallible, io, sync::Arc, time::Duration};
+
+use hyper::service::service_fn;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::graceful::{GracefulShutdown, Watcher},
+};
+use socket2::SockRef;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use self::sniff::Protocol;
+use crate::app::App;
+
+/// Limits of one listener.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Connections at the same time. Beyond that, new ones wait in the kernel's queue.
+    pub max_connections: usize,
+    /// How long a peer may take for a request's headers, and how long it may say nothing between two requests.
+    pub header_timeout: Duration,
+    /// How long requests may go on once the gateway is told to stop.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 8192,
+            header_timeout: Duration::from_secs(30),
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Headers of one request, all together.
+const MAX_HEADER_BYTES: u32 = 64 << 10;
+/// Fields of one request's headers.
+const MAX_HEADERS: usize = 128;
+/// HTTP/1.1 reads at most this much at once. Uploads profit from more than a request's head needs.
+const HTTP1_BUFFER: usize = 256 << 10;
+/// What one HTTP/2 stream may send before it is read.
+const STREAM_WINDOW: u32 = 2 << 20;
+/// The same for all streams of a connection together.
+const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Largest HTTP/2 frame: one piece of a file fits in.
+const MAX_FRAME: u32 = 512 << 10;
+/// Streams of one HTTP/2 connection at the same time.
+const MAX_STREAMS: u32 = 256;
+/// Written bytes that a stream's reader may leave unread.
+const SEND_BUFFER: usize = 1 << 20;
+/// A peer that does not answer a ping for this long is gone.
+const PING: Duration = Duration::from_secs(20);
+
+/// Accepts connections until `stop`, then lets the requests under way end.
+pub async fn serve(listener: TcpListener, app: Arc<App>, limits: Limits, stop: CancellationToken) {
+    let connections = Arc::new(Semaphore::new(limits.max_connections));
+    let graceful = GracefulShutdown::new();
+    let mut tasks = JoinSet::new();
+    loop {
+        let (stream, permit) = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = accept(&listener, &connections) => accepted,
+            // Reaped as they end, so that the set does not grow.
+            Some(_) = tasks.join_next() => continue,
+        };
+        let connection =
+            Connection { app: Arc::clone(&app), watcher: graceful.watcher(), limits: limits.clone() };
+        let stop = stop.clone();
+        tasks.spawn(async move {
+            let _permit = permit;
+            metrics::gauge!("oc_gateway_connections").increment(1);
+            connection.serve(stream, stop).await;
+            metrics::gauge!("oc_gateway_connections").decrement(1);
+        });
+    }
+    drop(listener);
+    let open = tasks.len();
+    tracing::info!(connections = open, "draining");
+    let ended = async {
+        graceful.shutdown().await;
+        while tasks.join_next().await.is_some() {}
+    };
+    if tokio::time::timeout(limits.drain, ended).await.is_err() {
+        tracing::warn!(connections = tasks.len(), "requests were still under way at the end of the drain");
+    }
+    tasks.shutdown().await;
+}
+
+/// The next connection, once there is room for it.
+async fn accept(
+    listener: &TcpListener,
+    connections: &Arc<Semaphore>,
+) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+    // The semaphore is never closed.
+    let permit = Arc::clone(connections).acquire_owned().await.ok();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, permit),
+            Err(error) => {
+                // Out of file descriptors, most likely: it passes when connections end.
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+/// A peer that takes nothing for this long is gone. Nothing else would end an answer that is stuck.
+const UNTAKEN: Duration = Duration::from_secs(300);
+
+fn set_options(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_user_timeout(Some(UNTAKEN))
+}
+
+struct Connection {
+    app: Arc<App>,
+    watcher: Watcher,
+    limits: Limits,
+}
+
+impl Connection {
+    async fn serve(self, stream: TcpStream, stop: CancellationToken) {
+        if let Err(error) = set_options(&stream) {
+            tracing::debug!(%error, "a connection's options could not be set");
+        }
+        let sniffed = tokio::select! {
+            () = stop.cancelled() => return,
+            sniffed = tokio::time::timeout(self.limits.header_timeout, sniff::protocol(&stream)) => sniffed,
+        };
+        let Ok(Ok(protocol)) = sniffed else { return };
+        let app = self.app;
+        let service = service_fn(move |request| {
+            let app = Arc::clone(&app);
+            async move { Ok::<_, Infallible>(app.handle(request).await) }
+        });
+        let io = TokioIo::new(stream);
+        let outcome = match protocol {
+            Protocol::Http1 => {
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(self.limits.header_timeout)
+                    .max_headers(MAX_HEADERS)
+                    .max_buf_size(HTTP1_BUFFER)
+                    .serve_connection(io, service);
+                self.watcher.watch(connection).await
+            }
+            Protocol::Http2 => {
+                let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .timer(TokioTimer::new())
+                    .initial_stream_window_size(STREAM_WINDOW)
+                    .initial_connection_window_size(CONNECTION_WINDOW)
+                    .max_frame_size(MAX_FRAME)
+                    .max_concurrent_streams(MAX_STREAMS)
+                    .max_header_list_size(MAX_HEADER_BYTES)
+                    .max_send_buf_size(SEND_BUFFER)
+                    .keep_alive_interval(PING)
+                    .keep_alive_timeout(PING)
+                    .serve_connection(io, service);
+                self.watcher.watch(connection).await
+            }
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(%error, "a connection broke");
+        }
+    }
+}

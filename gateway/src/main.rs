@@ -1,0 +1,13 @@
+//! The `oc-gateway` binary.
+
+use clap::Parser as _;
+use oc_gateway::{config::Config, run};
+use oc_mesh::{limits, shutdown, telemetry};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let config = Config::parse();
+    telemetry::init("oc-gateway");
+    limits::raise_open_files()?;
+    run::run(config, shutdown::on_signal()?).await
+}

@@ -1,0 +1,238 @@
+//! REST, projected from the contract: one generic transcoder, no handler for any route.
+//!
+//! In reading order: a request's method and path find a [`route`], made of the RPC's HTTP rule; [`request`] turns
+//! path, query and JSON [`json`] into the RPC's message; the call goes to the part that answers it; the answer is
+//! shown by [`answer`]. Raw bytes stream in by [`upload`] and out by [`download`].
+
+pub mod answer;
+pub mod download;
+pub mod json;
+pub mod progress;
+pub mod request;
+pub mod route;
+pub mod template;
+pub mod upload;
+
+use std::{sync::Arc, time::Duration};
+
+use http::{Request, Response, request::Parts};
+use oc_mesh::{
+    channel::ClientChannel,
+    error::{Reason, status},
+};
+use prost_reflect::{DynamicMessage, FieldDescriptor};
+use tonic::{Status, body::Body as HttpBody};
+
+use crate::{
+    app::App,
+    auth::Identity,
+    budget::Held,
+    compat::slow_answer,
+    exchange::Exchange,
+    failure::presentable,
+    rest::{
+        json::Json,
+        progress::Progress,
+        route::{Body, Match, Route, Routes},
+    },
+    surface::{Surface, SurfaceError},
+    upstream::{self, trusted_headers},
+};
+
+/// How long a call with one answer may take. Creating a sandbox by a cold boot is the slowest.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// The transcoder.
+#[derive(Debug)]
+pub struct Rest {
+    routes: Routes,
+    json: Json,
+}
+
+impl Rest {
+    /// Reads the routes out of the contract.
+    ///
+    /// # Errors
+    /// The contract holds an HTTP rule that cannot be served.
+    pub fn new(surface: &Surface) -> Result<Self, SurfaceError> {
+        Ok(Self { routes: Routes::new(surface)?, json: Json::new(surface)? })
+    }
+}
+
+/// Answers a REST request.
+pub async fn serve(
+    app: &Arc<App>,
+    exchange: &Arc<Exchange>,
+    request: Request<HttpBody>,
+) -> Response<HttpBody> {
+    let (parts, body) = request.into_parts();
+    let (route, path) = match app.rest.routes.find(&parts.method, parts.uri.path()) {
+        Match::Found(route, path) => (route, path),
+        Match::WrongMethod(allowed) => return answer::method_not_allowed(&parts.method, &allowed),
+        Match::NotFound => return answer::route_not_found(),
+        Match::NotUtf8(field) => {
+            let text = format!("`{}` in the path is not UTF-8", field.json_name());
+            return answer::error(&status(Reason::InvalidArgument, text));
+        }
+    };
+    exchange.set_route(&route.template);
+    let call = Call { app, exchange, route, path };
+    match call.serve(&parts, body).await {
+        Ok(response) => response,
+        Err(error) => answer::error(&presentable(error)),
+    }
+}
+
+/// One call of an RPC by one of its routes.
+struct Call<'a> {
+    app: &'a Arc<App>,
+    exchange: &'a Arc<Exchange>,
+    route: Arc<Route>,
+    path: Vec<(FieldDescriptor, String)>,
+}
+
+impl Call<'_> {
+    async fn serve(self, parts: &Parts, body: HttpBody) -> Result<Response<HttpBody>, Status> {
+        let query = parts.uri.query();
+        let identity = self.app.auth.identify(&parts.headers, query).await?;
+        self.exchange.set_tenant(identity.tenant());
+        identity.may_call(&self.route.rpc)?;
+        // A wrong sandbox is refused before its body is read.
+        for (field, text) in &self.path {
+            if Some(field) == self.route.rpc.sandbox_field.as_ref() {
+                identity.may_name(text)?;
+            }
+        }
+        match self.route.request_body.clone() {
+            Body::Raw(field) => self.upload(&identity, &field, query, body).await,
+            _ => {
+                let read = request::with_body(self.app, &self.route, &self.path, query, body);
+                let (message, held) = timed(Some(DEADLINE), read).await?;
+                let sent = Sent::new(&self, &identity, &message).await?;
+                match self.route.response_body.clone() {
+                    Body::Raw(field) => {
+                        // Bounds the wait for the first byte; the others come as fast as they are read.
+                        timed(Some(DEADLINE), async {
+                            let answers = sent.call(None, upstream::one_message(&message)).await?;
+                            let answers = upstream::messages(&self.route.rpc, answers);
+                            download::answer(self.route.rpc.success, &message, &field, answers).await
+                        })
+                        .await
+                    }
+                    _ => self.unary(sent, message, held).await,
+                }
+            }
+        }
+    }
+
+    /// One message there, one back.
+    async fn unary(
+        self,
+        sent: Sent,
+        message: DynamicMessage,
+        held: Held,
+    ) -> Result<Response<HttpBody>, Status> {
+        let success = self.route.rpc.success;
+        let slow = slow_answer::applies_to(&self.route.rpc);
+        let deadline = if slow { slow_answer::budget(&message) } else { Some(DEADLINE) };
+        let app = Arc::clone(self.app);
+        let route = self.route;
+        let call = async move {
+            let body = upstream::one_message(&message);
+            drop(message);
+            let answer = sent.call(deadline, body).await?;
+            // Whoever answers has read the request.
+            drop(held);
+            show(&app, &route, answer).await
+        };
+        if slow {
+            let pending = Box::pin(async move { timed(deadline, call).await.map_err(presentable) });
+            return Ok(slow_answer::answer(success, pending).await);
+        }
+        Ok(answer::json(success, timed(deadline, call).await?))
+    }
+
+    /// Raw bytes there, one message back.
+    async fn upload(
+        self,
+        identity: &Identity,
+        field: &FieldDescriptor,
+        query: Option<&str>,
+        body: HttpBody,
+    ) -> Result<Response<HttpBody>, Status> {
+        let head = request::without_body(&self.app.rest.json, &self.route, &self.path, query)?;
+        let sent = Sent::new(&self, identity, &head).await?;
+        let broken = upload::Broken::default();
+        let progress = Progress::default();
+        let body = upload::stream(&head, field, body, Arc::clone(&broken), progress.clone());
+        let call = async { show(self.app, &self.route, sent.call(None, body).await?).await };
+        let outcome = tokio::select! {
+            outcome = call => outcome,
+            stalled = progress.stalled() => Err(stalled),
+        };
+        // The transport only knows that the body broke; the body knows why.
+        let shown = outcome.map_err(|error| broken.get().cloned().unwrap_or(error))?;
+        Ok(answer::json(self.route.rpc.success, shown))
+    }
+}
+
+/// A call that is authorised and has somewhere to go.
+struct Sent {
+    channel: ClientChannel,
+    headers: http::HeaderMap,
+    route: Arc<Route>,
+}
+
+impl Sent {
+    async fn new(call: &Call<'_>, identity: &Identity, message: &DynamicMessage) -> Result<Self, Status> {
+        let rpc = &call.route.rpc;
+        let named = rpc.sandbox_field.as_ref().map(|field| message.get_field(field));
+        let sandbox = named.as_deref().and_then(prost_reflect::Value::as_str);
+        if let Some(sandbox) = sandbox {
+            identity.may_name(sandbox)?;
+            call.exchange.set_sandbox(sandbox);
+        }
+        let channel = call.app.upstreams.choose(rpc, identity, sandbox).await?;
+        let headers = trusted_headers(&call.app.caller(identity, call.exchange), sandbox);
+        Ok(Self { channel, headers, route: Arc::clone(&call.route) })
+    }
+
+    async fn call(self, deadline: Option<Duration>, body: HttpBody) -> Result<HttpBody, Status> {
+        upstream::call(self.channel, &self.route.rpc, self.headers, deadline, body).await
+    }
+}
+
+/// Reads the answer and shows it as JSON.
+async fn show(app: &App, route: &Route, answer: HttpBody) -> Result<answer::Text, Status> {
+    let (message, mut held) = upstream::answer::read(answer, &app.budget).await?;
+    if route.rpc.success == http::StatusCode::NO_CONTENT {
+        return Ok(answer::Text::default());
+    }
+    let output = route.rpc.method.output();
+    let shown = match &route.response_body {
+        Body::Field(field) => app.rest.json.encode_field(output, message, field),
+        Body::Message | Body::None | Body::Raw(_) => app.rest.json.encode(output, message),
+    };
+    match shown {
+        Ok(text) => {
+            held.shrink(text.len());
+            Ok(answer::Text { text, held })
+        }
+        Err(error) => {
+            tracing::error!(%error, rpc = route.rpc.path.as_str(), "an answer has no JSON form");
+            Err(status(Reason::Internal, "the answer cannot be shown as JSON"))
+        }
+    }
+}
+
+async fn timed<T>(
+    deadline: Option<Duration>,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    match deadline {
+        None => call.await,
+        Some(deadline) => tokio::time::timeout(deadline, call)
+            .await
+            .unwrap_or_else(|_| Err(status(Reason::DeadlineExceeded, "the call took too long"))),
+    }
+}

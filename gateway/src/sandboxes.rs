@@ -1,0 +1,142 @@
+//! Which host a sandbox's calls go to, and whether its caller may send them.
+//!
+//! Records are read from live copies. A copy may lag behind what another part has just been told, so when it
+//! knows no such sandbox or host, or none that is ready yet, the store itself has the last word.
+
+use oc_mesh::{
+    error::{Reason, status},
+    keys, record,
+    store::SharedStore,
+    view::View,
+};
+use oc_proto::{
+    mesh::{HostRecord, SandboxRecord},
+    v1::SandboxState,
+};
+use tonic::Status;
+
+/// What the gateway knows of sandboxes and hosts.
+#[derive(Debug)]
+pub struct Sandboxes {
+    store: SharedStore,
+    records: View<SandboxRecord>,
+    hosts: View<HostRecord>,
+}
+
+impl Sandboxes {
+    /// Sandboxes and hosts as `store` has them, by live copies of its records.
+    #[must_use]
+    pub fn new(store: SharedStore, records: View<SandboxRecord>, hosts: View<HostRecord>) -> Self {
+        Self { store, records, hosts }
+    }
+
+    /// Where the host of a tenant's sandbox listens.
+    ///
+    /// # Errors
+    /// `SANDBOX_NOT_FOUND`, also for another tenant's; `SANDBOX_DELETED`, `SANDBOX_FAILED`, `SANDBOX_NOT_READY`;
+    /// `HOST_UNAVAILABLE`.
+    pub async fn host_of(&self, tenant: &str, sandbox_id: &str) -> Result<String, Status> {
+        let copied = self.records.get(sandbox_id).filter(|record| is_settled(record));
+        let host_id = match copied {
+            Some(record) => usable(&record, tenant)?,
+            None => usable(&self.stored(sandbox_id).await?.ok_or_else(not_found)?, tenant)?,
+        };
+        self.endpoint(&host_id).await
+    }
+
+    async fn stored(&self, sandbox_id: &str) -> Result<Option<SandboxRecord>, Status> {
+        if !could_be_an_id(sandbox_id) {
+            return Ok(None);
+        }
+        let found = record::get(&*self.store, &keys::sandbox(sandbox_id)).await;
+        found.map(|found| found.map(|(record, _)| record)).map_err(|error| store_unavailable(&error))
+    }
+
+    async fn endpoint(&self, host_id: &str) -> Result<String, Status> {
+        if let Some(host) = self.hosts.get(host_id) {
+            return Ok(host.endpoint.clone());
+        }
+        let found = record::get::<HostRecord>(&*self.store, &keys::host(host_id))
+            .await
+            .map_err(|error| store_unavailable(&error))?;
+        found.map(|(host, _)| host.endpoint).ok_or_else(|| {
+            status(Reason::HostUnavailable, "the sandbox's host is not reachable at the moment")
+        })
+    }
+}
+
+fn store_unavailable(error: &oc_mesh::store::StoreError) -> Status {
+    tracing::warn!(%error, "a record could not be read");
+    status(Reason::HostUnavailable, "the record store cannot be reached")
+}
+
+fn not_found() -> Status {
+    status(Reason::SandboxNotFound, "there is no such sandbox")
+}
+
+/// Keeps what cannot be an ID away from the store: `sb-` and 20 characters (oc/v1/sandbox.proto).
+fn could_be_an_id(text: &str) -> bool {
+    text.len() <= 64
+        && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+}
+
+/// Whether a copy of this record may be believed: nothing that is about to change.
+fn is_settled(record: &SandboxRecord) -> bool {
+    matches!(record.state(), SandboxState::Running | SandboxState::Deleted | SandboxState::Failed)
+}
+
+/// The host that a sandbox's calls may go to.
+fn usable(record: &SandboxRecord, tenant: &str) -> Result<String, Status> {
+    if record.tenant != tenant {
+        return Err(not_found());
+    }
+    if record.deleting || record.state() == SandboxState::Deleted {
+        return Err(status(Reason::SandboxDeleted, "the sandbox has been deleted"));
+    }
+    match record.state() {
+        SandboxState::Running => Ok(record.host_id.clone()),
+        SandboxState::Failed => Err(status(Reason::SandboxFailed, "the sandbox is lost: its microVM failed")),
+        _ => Err(status(Reason::SandboxNotReady, "the sandbox is not ready yet")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oc_mesh::error::reason_of;
+
+    use super::*;
+
+    fn verdict(state: SandboxState, deleting: bool, tenant: &str) -> Result<String, String> {
+        let record = SandboxRecord {
+            tenant: "ours".into(),
+            state: state.into(),
+            host_id: "h".into(),
+            deleting,
+            ..Default::default()
+        };
+        usable(&record, tenant).map_err(|status| reason_of(&status).unwrap())
+    }
+
+    #[test]
+    fn only_a_running_sandbox_of_the_tenant_is_usable() {
+        assert_eq!(verdict(SandboxState::Running, false, "ours"), Ok("h".into()));
+        assert_eq!(verdict(SandboxState::Running, true, "ours"), Err("SANDBOX_DELETED".into()));
+        assert_eq!(verdict(SandboxState::Deleted, false, "ours"), Err("SANDBOX_DELETED".into()));
+        assert_eq!(verdict(SandboxState::Failed, false, "ours"), Err("SANDBOX_FAILED".into()));
+        assert_eq!(verdict(SandboxState::Creating, false, "ours"), Err("SANDBOX_NOT_READY".into()));
+        assert_eq!(verdict(SandboxState::Hibernated, false, "ours"), Err("SANDBOX_NOT_READY".into()));
+        for state in
+            [SandboxState::Running, SandboxState::Deleted, SandboxState::Failed, SandboxState::Creating]
+        {
+            assert_eq!(verdict(state, false, "theirs"), Err("SANDBOX_NOT_FOUND".into()));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_an_id_never_reaches_the_store() {
+        assert!(could_be_an_id("sb-0123456789abcdefghij"));
+        for text in ["../keys/x", "sb-\0", "SB-1", &"a".repeat(65)] {
+            assert!(!could_be_an_id(text), "{text}");
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! A host that runs nothing: what it is asked decides what it answers.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
+use oc_mesh::{
+    caller::Caller,
+    error::{Reason, status},
+};
+use oc_proto::{
+    google::api::HttpBody,
+    v1::{exec_service_server::ExecService, file_service_server::FileService, *},
+};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
+use tonic::{Request, Response, Status, Streaming};
+
+/// One upload, as far as it came.
+#[derive(Debug, Clone, Default)]
+pub struct Upload {
+    pub path: String,
+    pub bytes: u64,
+    pub messages: usize,
+    pub largest: usize,
+    /// `None` while it runs.
+    pub whole: Option<bool>,
+}
+
+/// What the host saw.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Path, `oc-sandbox-id`, caller.
+    pub calls: Mutex<Vec<(&'static str, String, Caller)>>,
+    pub uploads: watch::Sender<Vec<Upload>>,
+    /// Runs that were given up before they ended.
+    pub cancelled: Arc<Notify>,
+    /// Lets paused uploads go on.
+    pub go_on: Notify,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct FakeAgent(pub Arc<Seen>);
+
+impl FakeAgent {
+    fn note<T>(&self, rpc: &'static str, request: &Request<T>) {
+        let headers = request.metadata().clone().into_headers();
+        let sandbox = headers["oc-sandbox-id"].to_str().unwrap().to_owned();
+        self.0.calls.lock().push((rpc, sandbox, Caller::from_headers(&headers).unwrap()));
+    }
+}
+
+struct OnDrop(Arc<Notify>, bool);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        if self.1 {
+            self.0.notify_one();
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl ExecService for FakeAgent {
+    async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
+        self.note("Run", &request);
+        let request = request.into_inner();
+        let mut guard = OnDrop(Arc::clone(&self.0.cancelled), true);
+        let mut answer = RunResponse::default();
+        match request.cmd.as_str() {
+            "echo" => answer.stdout = Bytes::from(request.args.join(" ")),
+            "cat" => answer.stdout = request.stdin,
+            "sleep" => tokio::time::sleep(Duration::from_secs(request.args[0].parse().unwrap())).await,
+            "bytes" => answer.stdout = Bytes::from_static(b"\xff\0ok"),
+            "much" => answer.stdout = Bytes::from(vec![b'x'; 4 << 20]),
+            "fail" => {
+                guard.1 = false;
+                return Err(status(request.args[0].parse::<Reason>().unwrap(), "as asked"));
+            }
+            "bare" => {
+                guard.1 = false;
+                return Err(Status::unknown("secret: unix:///run/inside.sock"));
+            }
+            other => answer.stderr = Bytes::from(other.to_owned()),
+        }
+        guard.1 = false;
+        Ok(Response::new(answer))
+    }
+}
+
+type Reads = Pin<Box<dyn Stream<Item = Result<ReadFileResponse, Status>> + Send>>;
+
+fn part(data: Bytes) -> ReadFileResponse {
+    ReadFileResponse { info: None, body: Some(HttpBody { data, ..Default::default() }) }
+}
+
+#[tonic::async_trait]
+impl FileService for FakeAgent {
+    type ReadFileStream = Reads;
+
+    async fn read_file(&self, request: Request<ReadFileRequest>) -> Result<Response<Reads>, Status> {
+        self.note("ReadFile", &request);
+        let request = request.into_inner();
+        let mut name = request.path.trim_start_matches('/').split('/');
+        let (kind, size) = (name.next().unwrap_or_default(), name.next().and_then(|size| size.parse().ok()));
+        let size: usize = size.unwrap_or(0);
+        let info = FileInfo { size: size as i64, ..Default::default() };
+        const PIECE: usize = 256 << 10;
+        let whole = move |sent: usize| {
+            let pieces = (0..sent.div_ceil(PIECE))
+                .map(move |index| Ok(part(Bytes::from(vec![index as u8; PIECE.min(sent - index * PIECE)]))));
+            let first = ReadFileResponse { info: Some(info.clone()), body: None };
+            futures_util::stream::iter(std::iter::once(Ok(first)).chain(pieces))
+        };
+        Ok(Response::new(match kind {
+            "zeros" => Box::pin(whole(size)),
+            // Says another size than it sends, as kernel files do.
+            "liar" => Box::pin(whole(3)),
+            "hollow" => Box::pin(whole(0)),
+            "breaks" => {
+                Box::pin(whole(size / 2).chain(futures_util::stream::iter([Err(status(
+                    Reason::HostUnavailable,
+                    "the host died",
+                ))])))
+            }
+            "denied" => return Err(status(Reason::NotAFile, "a directory")),
+            "late" => {
+                Box::pin(futures_util::stream::iter([Err(status(Reason::FileNotFound, "no such file"))]))
+            }
+            _ => return Err(status(Reason::FileNotFound, "no such file")),
+        }))
+    }
+
+    async fn write_file(
+        &self,
+        request: Request<Streaming<WriteFileRequest>>,
+    ) -> Result<Response<WriteFileResponse>, Status> {
+        self.note("WriteFile", &request);
+        let mut stream = request.into_inner();
+        let index = {
+            let mut index = 0;
+            self.0.uploads.send_modify(|uploads| {
+                index = uploads.len();
+                uploads.push(Upload::default());
+            });
+            index
+        };
+        let change =
+            |change: &dyn Fn(&mut Upload)| self.0.uploads.send_modify(|uploads| change(&mut uploads[index]));
+        loop {
+            let message = match stream.message().await {
+                Ok(Some(message)) => message,
+                Ok(None) => break,
+                Err(error) => {
+                    change(&|upload| upload.whole = Some(false));
+                    return Err(error);
+                }
+            };
+            let size = message.body.as_ref().map_or(0, |body| body.data.len());
+            change(&|upload| {
+                if !message.path.is_empty() {
+                    upload.path.clone_from(&message.path);
+                }
+                upload.bytes += size as u64;
+                upload.messages += 1;
+                upload.largest = upload.largest.max(size);
+            });
+            match message.path.as_str() {
+                "/full" => return Err(status(Reason::GuestDiskFull, "no space left")),
+                "/paused" => self.0.go_on.notified().await,
+                _ => {}
+            }
+        }
+        change(&|upload| upload.whole = Some(true));
+        Ok(Response::new(WriteFileResponse::default()))
+    }
+
+    async fn list_directory(
+        &self,
+        request: Request<ListDirectoryRequest>,
+    ) -> Result<Response<ListDirectoryResponse>, Status> {
+        self.note("ListDirectory", &request);
+        let entries = match request.get_ref().path.as_str() {
+            "/empty" => vec![],
+            "/many" => (0..100_000)
+                .map(|index| FileInfo {
+                    name: format!("file-{index}"),
+                    path: format!("/many/file-{index}"),
+                    r#type: FileType::File.into(),
+                    ..Default::default()
+                })
+                .collect(),
+            path => vec![FileInfo {
+                name: "a".into(),
+                path: format!("{path}/a"),
+                r#type: FileType::Directory.into(),
+                is_dir: true,
+                size: 4096,
+                mode: 0o755,
+                modified_at: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 5_000_000 }),
+                ..Default::default()
+            }],
+        };
+        Ok(Response::new(ListDirectoryResponse { entries }))
+    }
+
+    async fn stat_file(
+        &self,
+        request: Request<StatFileRequest>,
+    ) -> Result<Response<StatFileResponse>, Status> {
+        self.note("StatFile", &request);
+        let path = request.into_inner().path;
+        if path.contains('\0') || path.split('/').any(|component| component == "..") {
+            return Err(status(Reason::InvalidPath, "no such path can be"));
+        }
+        Ok(Response::new(StatFileResponse { info: Some(FileInfo { path, ..Default::default() }) }))
+    }
+
+    async fn make_directory(
+        &self,
+        request: Request<MakeDirectoryRequest>,
+    ) -> Result<Response<MakeDirectoryResponse>, Status> {
+        self.note("MakeDirectory", &request);
+        Ok(Response::new(MakeDirectoryResponse {}))
+    }
+
+    async fn remove_file(
+        &self,
+        request: Request<RemoveFileRequest>,
+    ) -> Result<Response<RemoveFileResponse>, Status> {
+        self.note("RemoveFile", &request);
+        Ok(Response::new(RemoveFileResponse {}))
+    }
+
+    async fn rename_file(
+        &self,
+        request: Request<RenameFileRequest>,
+    ) -> Result<Response<RenameFileResponse>, Status> {
+        self.note("RenameFile", &request);
+        Ok(Response::new(RenameFileResponse {}))
+    }
+}

@@ -1,0 +1,144 @@
+use std::time::Duration;
+
+use oc_gateway::surface::Surface;
+use oc_mesh::error::reason_of;
+use oc_proto::{
+    google::api::HttpBody,
+    v1::{
+        ReadFileRequest, RunRequest, WriteFileRequest, exec_service_client::ExecServiceClient,
+        file_service_client::FileServiceClient,
+    },
+};
+use prost_reflect::DynamicMessage;
+use tokio_stream::StreamExt as _;
+use tonic::{Code, Request, metadata::MetadataValue, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+};
+
+use crate::mesh::{FOREIGN, Mesh, SANDBOX};
+
+impl Mesh {
+    async fn channel(&self) -> Channel {
+        Channel::from_shared(format!("http://{}", self.address)).unwrap().connect().await.unwrap()
+    }
+}
+
+fn with<T>(credential: &str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let value = MetadataValue::try_from(format!("Bearer {credential}")).unwrap();
+    request.metadata_mut().insert("authorization", value);
+    request
+}
+
+fn run(sandbox: &str, cmd: &str, args: &[&str]) -> RunRequest {
+    RunRequest {
+        sandbox_id: sandbox.into(),
+        cmd: cmd.into(),
+        args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn calls_pass_through_with_key_and_token() {
+    let mesh = Mesh::start().await;
+    let mut client = ExecServiceClient::new(mesh.channel().await);
+    for credential in [mesh.key.clone(), mesh.token(SANDBOX)] {
+        let answer = client.run(with(&credential, run(SANDBOX, "bytes", &[]))).await.unwrap();
+        assert_eq!(answer.into_inner().stdout, &b"\xff\0ok"[..]);
+    }
+    let error = client.run(with(&mesh.key, run(FOREIGN, "bytes", &[]))).await.unwrap_err();
+    assert_eq!((error.code(), reason_of(&error).as_deref()), (Code::NotFound, Some("SANDBOX_NOT_FOUND")));
+    let error = client.run(with(&mesh.key, run("", "bytes", &[]))).await.unwrap_err();
+    assert_eq!(reason_of(&error).as_deref(), Some("INVALID_ARGUMENT"));
+    let error = client.run(with(&mesh.key, run(SANDBOX, "fail", &["COMMAND_NOT_FOUND"]))).await.unwrap_err();
+    assert_eq!(reason_of(&error).as_deref(), Some("COMMAND_NOT_FOUND"));
+}
+
+#[tokio::test]
+async fn files_stream_both_ways() {
+    let mesh = Mesh::start().await;
+    let mut client = FileServiceClient::new(mesh.channel().await).max_decoding_message_size(4 << 20);
+    let parts = (0..64).map(|index| WriteFileRequest {
+        sandbox_id: if index == 0 { SANDBOX.into() } else { String::new() },
+        path: if index == 0 { "/up".into() } else { String::new() },
+        body: Some(HttpBody { data: vec![1; 512 << 10].into(), ..Default::default() }),
+        ..Default::default()
+    });
+    client.write_file(with(&mesh.key, tokio_stream::iter(parts))).await.unwrap();
+    let upload = mesh.agent.0.uploads.borrow().last().unwrap().clone();
+    assert_eq!((upload.bytes, upload.whole), (32 << 20, Some(true)));
+
+    let request = ReadFileRequest {
+        sandbox_id: SANDBOX.into(),
+        path: format!("/zeros/{}", 20 << 20),
+        ..Default::default()
+    };
+    let mut stream = client.read_file(with(&mesh.key, request)).await.unwrap().into_inner();
+    let mut read = 0;
+    while let Some(message) = stream.next().await {
+        read += message.unwrap().body.map_or(0, |body| body.data.len());
+    }
+    assert_eq!(read, 20 << 20);
+
+    let request =
+        ReadFileRequest { sandbox_id: SANDBOX.into(), path: "/breaks/9000000".into(), ..Default::default() };
+    let mut stream = client.read_file(with(&mesh.key, request)).await.unwrap().into_inner();
+    let mut last = None;
+    while let Some(message) = stream.next().await {
+        last = message.err();
+    }
+    assert_eq!(last.and_then(|error| reason_of(&error)).as_deref(), Some("HOST_UNAVAILABLE"));
+}
+
+#[tokio::test]
+async fn a_cancelled_call_is_cancelled_at_the_host() {
+    let mesh = Mesh::start().await;
+    let mut client = ExecServiceClient::new(mesh.channel().await);
+    let mut request = with(&mesh.key, run(SANDBOX, "sleep", &["3600"]));
+    request.set_timeout(Duration::from_millis(300));
+    assert!(client.run(request).await.is_err());
+    tokio::time::timeout(Duration::from_secs(20), mesh.agent.0.cancelled.notified())
+        .await
+        .expect("it still runs");
+}
+
+#[tokio::test]
+async fn methods_that_are_not_public_do_not_exist() {
+    let mesh = Mesh::start().await;
+    let surface = Surface::load().unwrap();
+    let message =
+        DynamicMessage::new(surface.pool().get_message_by_name("oc.mesh.v1.ListVmsRequest").unwrap());
+    for path in ["/oc.mesh.v1.AgentService/ListVms", "/oc.mesh.v1.GuestService/Quiesce", "/oc.v1.None/X", "/"]
+    {
+        let headers = [("x-api-key", mesh.admin.as_str())];
+        let error = mesh.grpc(path, &headers, &message).await.unwrap_err();
+        assert_eq!(error.code(), Code::Unimplemented, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn health_and_reflection_are_open_and_show_the_public_part_alone() {
+    let mesh = Mesh::start().await;
+    let channel = mesh.channel().await;
+    let mut health = HealthClient::new(channel.clone());
+    for service in ["", "oc.v1.ExecService", "oc.v1.SandboxService"] {
+        let request = HealthCheckRequest { service: service.into() };
+        assert_eq!(health.check(request).await.unwrap().into_inner().status, 1, "{service}");
+    }
+    let mut reflection = ServerReflectionClient::new(channel);
+    let request = ServerReflectionRequest {
+        message_request: Some(MessageRequest::ListServices(String::new())),
+        ..Default::default()
+    };
+    let mut answers =
+        reflection.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+    let answer = answers.next().await.unwrap().unwrap().message_response.unwrap();
+    let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
+    let names: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
+    assert!(names.iter().any(|name| name == "oc.v1.FileService"), "{names:?}");
+    assert!(!names.iter().any(|name| name.starts_with("oc.mesh")), "{names:?}");
+}

@@ -1,0 +1,17 @@
+//! The gateway as its callers see it: real sockets on both sides, an embedded store in a temporary directory, and
+//! a scheduler and a host that are fakes in this process.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod agent;
+mod client;
+mod mesh;
+mod scheduler;
+
+mod auth;
+mod broken;
+mod grpc;
+mod limits;
+mod process;
+mod rest;
+mod streams;

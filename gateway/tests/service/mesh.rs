@@ -1,0 +1,183 @@
+//! A gateway with everything around it.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use oc_gateway::{
+    app::App,
+    listener::{self, Limits},
+};
+use oc_mesh::{
+    api_key::ApiKey,
+    clock::SystemClock,
+    keys, record,
+    store::{self, SharedStore, Txn, TxnOutcome},
+    token::TokenSigner,
+};
+use oc_proto::{
+    mesh::{HostRecord, KeyRecord, SandboxRecord, SchedulerRecord},
+    v1::{
+        SandboxState, exec_service_server::ExecServiceServer, file_service_server::FileServiceServer,
+        key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
+        sandbox_service_server::SandboxServiceServer,
+    },
+};
+use tempfile::TempDir;
+use tokio::{
+    net::{TcpListener, UnixListener},
+    task::JoinSet,
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::{agent::FakeAgent, scheduler::FakeScheduler};
+
+/// The tenant `ours`' running sandbox.
+pub const SANDBOX: &str = "sb-00000000000000000001";
+/// The tenant `theirs`' running sandbox.
+pub const FOREIGN: &str = "sb-00000000000000000002";
+/// `ours`, in other states.
+pub const DELETED: &str = "sb-00000000000000000003";
+pub const FAILED: &str = "sb-00000000000000000004";
+pub const CREATING: &str = "sb-00000000000000000005";
+/// `ours`, on a host that is not a member.
+pub const STRANDED: &str = "sb-00000000000000000006";
+
+pub struct Mesh {
+    pub address: SocketAddr,
+    pub agent: FakeAgent,
+    pub scheduler: FakeScheduler,
+    pub store: SharedStore,
+    /// An administrator of `ours`.
+    pub admin: String,
+    /// A key of `ours` without administration.
+    pub key: String,
+    /// A key of `theirs`.
+    pub foreign_key: String,
+    signer: TokenSigner,
+    pub stop: CancellationToken,
+    pub tasks: JoinSet<()>,
+    pub directory: TempDir,
+}
+
+impl Mesh {
+    pub async fn start() -> Self {
+        Self::with_limits(Limits::default(), 4096).await
+    }
+
+    pub async fn with_limits(limits: Limits, max_requests: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("file://{}", directory.path().join("store.db").display());
+        let store = store::open(&url).await.unwrap();
+        let stop = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+
+        let agent = FakeAgent::default();
+        let files = FileServiceServer::new(agent.clone()).max_decoding_message_size(64 << 20);
+        let routes = Routes::new(ExecServiceServer::new(agent.clone())).add_service(files);
+        serve(&mut tasks, &stop, &directory.path().join("agent.sock"), routes);
+        let scheduler = FakeScheduler::default();
+        let routes = Routes::new(SandboxServiceServer::new(scheduler.clone()))
+            .add_service(KeyServiceServer::new(scheduler.clone()))
+            .add_service(NodeServiceServer::new(scheduler.clone()));
+        serve(&mut tasks, &stop, &directory.path().join("scheduler.sock"), routes);
+
+        let endpoint = |name: &str| format!("unix://{}", directory.path().join(name).display());
+        let host =
+            HostRecord { host_id: "host-a".into(), endpoint: endpoint("agent.sock"), ..Default::default() };
+        put(&store, &keys::host("host-a"), &host).await;
+        let record = SchedulerRecord {
+            scheduler_id: "s".into(),
+            endpoint: endpoint("scheduler.sock"),
+            ..Default::default()
+        };
+        put(&store, &keys::scheduler("s"), &record).await;
+        for (id, tenant, state, host) in [
+            (SANDBOX, "ours", SandboxState::Running, "host-a"),
+            (FOREIGN, "theirs", SandboxState::Running, "host-a"),
+            (DELETED, "ours", SandboxState::Deleted, "host-a"),
+            (FAILED, "ours", SandboxState::Failed, "host-a"),
+            (CREATING, "ours", SandboxState::Creating, "host-a"),
+            (STRANDED, "ours", SandboxState::Running, "host-gone"),
+        ] {
+            put(&store, &keys::sandbox(id), &sandbox_record(id, tenant, state, host)).await;
+        }
+        let admin = put_key(&store, "ours", true).await;
+        let key = put_key(&store, "ours", false).await;
+        let foreign_key = put_key(&store, "theirs", false).await;
+        let signer = TokenSigner::ensure(&store).await.unwrap();
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let app = App::new(
+            store.clone(),
+            format!("http://{address}"),
+            max_requests,
+            Arc::new(SystemClock),
+            stop.clone(),
+            stop.clone(),
+        )
+        .await
+        .unwrap();
+        tasks.spawn(listener::serve(listener, app, limits, stop.clone()));
+        Self { address, agent, scheduler, store, admin, key, foreign_key, signer, stop, tasks, directory }
+    }
+
+    /// A token that is valid now.
+    pub fn token(&self, sandbox: &str) -> String {
+        self.signer.sign("ours", sandbox, SystemTime::now()).unwrap().0
+    }
+
+    /// A token that was valid an hour ago.
+    pub fn expired_token(&self, sandbox: &str) -> String {
+        self.signer.sign("ours", sandbox, SystemTime::now() - Duration::from_secs(3600)).unwrap().0
+    }
+
+    /// A token whose signature is another's.
+    pub fn forged_token(&self) -> String {
+        let token = self.token(SANDBOX);
+        let other = self.token(FOREIGN);
+        let (claims, _) = token.rsplit_once('.').unwrap();
+        let (_, signature) = other.rsplit_once('.').unwrap();
+        format!("{claims}.{signature}")
+    }
+}
+
+pub fn sandbox_record(id: &str, tenant: &str, state: SandboxState, host: &str) -> SandboxRecord {
+    SandboxRecord {
+        sandbox_id: id.into(),
+        tenant: tenant.into(),
+        state: state.into(),
+        host_id: host.into(),
+        ..Default::default()
+    }
+}
+
+pub async fn put<M: prost::Message>(store: &SharedStore, key: &str, message: &M) {
+    let txn = Txn { compare: vec![], then: vec![record::put(key, message)] };
+    assert!(matches!(store.txn(txn).await.unwrap(), TxnOutcome::Committed(_)));
+}
+
+pub async fn put_key(store: &SharedStore, tenant: &str, admin: bool) -> String {
+    let key = ApiKey::generate().unwrap();
+    let record = KeyRecord { tenant: tenant.into(), admin, ..Default::default() };
+    put(store, &keys::api_key(&key.hash()), &record).await;
+    key.expose().to_owned()
+}
+
+fn serve(tasks: &mut JoinSet<()>, stop: &CancellationToken, path: &Path, routes: Routes) {
+    let listener = UnixListener::bind(path).unwrap();
+    let stop = stop.clone();
+    tasks.spawn(async move {
+        tonic::transport::Server::builder()
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled_owned())
+            .await
+            .unwrap();
+    });
+}

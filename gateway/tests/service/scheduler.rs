@@ -1,0 +1,145 @@
+//! A scheduler that keeps no records: it answers what it was asked with.
+
+use std::sync::Arc;
+
+use oc_mesh::{
+    caller::Caller,
+    error::{Reason, status},
+};
+use oc_proto::v1::{
+    key_service_server::KeyService, node_service_server::NodeService, sandbox_service_server::SandboxService,
+    *,
+};
+use parking_lot::Mutex;
+use tonic::{Request, Response, Status};
+
+#[derive(Debug, Clone, Default)]
+pub struct FakeScheduler(pub Arc<Mutex<Vec<(&'static str, Caller)>>>);
+
+impl FakeScheduler {
+    fn note<T>(&self, rpc: &'static str, request: &Request<T>) -> Caller {
+        let caller = Caller::from_headers(&request.metadata().clone().into_headers()).unwrap();
+        self.0.lock().push((rpc, caller.clone()));
+        caller
+    }
+}
+
+fn sandbox(id: &str, caller: &Caller) -> Option<Sandbox> {
+    Some(Sandbox {
+        sandbox_id: id.to_owned(),
+        state: SandboxState::Running.into(),
+        connect_url: caller.public_url.clone(),
+        token: "a.b.c".into(),
+        ..Default::default()
+    })
+}
+
+#[tonic::async_trait]
+impl SandboxService for FakeScheduler {
+    async fn create_sandbox(
+        &self,
+        request: Request<CreateSandboxRequest>,
+    ) -> Result<Response<CreateSandboxResponse>, Status> {
+        let caller = self.note("CreateSandbox", &request);
+        match request.get_ref().template_id.as_str() {
+            "none" => return Err(status(Reason::TemplateNotFound, "there is no template `none`")),
+            "full" => return Err(status(Reason::NoCapacity, "no host has room")),
+            "hang" => std::future::pending().await,
+            _ => {}
+        }
+        let mut sandbox = sandbox("sb-new", &caller).unwrap();
+        sandbox.metadata = request.into_inner().metadata;
+        Ok(Response::new(CreateSandboxResponse { sandbox: Some(sandbox) }))
+    }
+
+    async fn get_sandbox(
+        &self,
+        request: Request<GetSandboxRequest>,
+    ) -> Result<Response<GetSandboxResponse>, Status> {
+        let caller = self.note("GetSandbox", &request);
+        Ok(Response::new(GetSandboxResponse { sandbox: sandbox(&request.get_ref().sandbox_id, &caller) }))
+    }
+
+    async fn list_sandboxes(
+        &self,
+        request: Request<ListSandboxesRequest>,
+    ) -> Result<Response<ListSandboxesResponse>, Status> {
+        self.note("ListSandboxes", &request);
+        Ok(Response::new(ListSandboxesResponse::default()))
+    }
+
+    async fn delete_sandbox(
+        &self,
+        request: Request<DeleteSandboxRequest>,
+    ) -> Result<Response<DeleteSandboxResponse>, Status> {
+        self.note("DeleteSandbox", &request);
+        Ok(Response::new(DeleteSandboxResponse {}))
+    }
+
+    async fn set_timeout(
+        &self,
+        request: Request<SetTimeoutRequest>,
+    ) -> Result<Response<SetTimeoutResponse>, Status> {
+        self.note("SetTimeout", &request);
+        Ok(Response::new(SetTimeoutResponse {}))
+    }
+
+    async fn refresh_token(
+        &self,
+        request: Request<RefreshTokenRequest>,
+    ) -> Result<Response<RefreshTokenResponse>, Status> {
+        self.note("RefreshToken", &request);
+        Ok(Response::new(RefreshTokenResponse {
+            token: "d.e.f".into(),
+            expires_at: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl KeyService for FakeScheduler {
+    async fn create_key(
+        &self,
+        request: Request<CreateKeyRequest>,
+    ) -> Result<Response<CreateKeyResponse>, Status> {
+        self.note("CreateKey", &request);
+        Ok(Response::new(CreateKeyResponse { api_key: "osb_x".into(), key: Some(Key::default()) }))
+    }
+
+    async fn list_keys(
+        &self,
+        request: Request<ListKeysRequest>,
+    ) -> Result<Response<ListKeysResponse>, Status> {
+        self.note("ListKeys", &request);
+        Ok(Response::new(ListKeysResponse::default()))
+    }
+
+    async fn delete_key(
+        &self,
+        request: Request<DeleteKeyRequest>,
+    ) -> Result<Response<DeleteKeyResponse>, Status> {
+        self.note("DeleteKey", &request);
+        Ok(Response::new(DeleteKeyResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for FakeScheduler {
+    async fn clear_node(
+        &self,
+        request: Request<ClearNodeRequest>,
+    ) -> Result<Response<ClearNodeResponse>, Status> {
+        self.note("ClearNode", &request);
+        Ok(Response::new(ClearNodeResponse::default()))
+    }
+
+    async fn list_nodes(
+        &self,
+        request: Request<ListNodesRequest>,
+    ) -> Result<Response<ListNodesResponse>, Status> {
+        self.note("ListNodes", &request);
+        Ok(Response::new(ListNodesResponse {
+            nodes: vec![Node { node_id: "host-a".into(), ..Default::default() }],
+        }))
+    }
+}
