@@ -1,0 +1,407 @@
+//! Every command and flag of `oc`.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::up::shim::RunService;
+
+/// Creates and uses microVM sandboxes, and runs a mesh that makes them.
+#[derive(Debug, Parser)]
+#[command(name = "oc", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Flags of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Print results and errors as JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// URL of the gateway [env: OC_API_URL, OPENCOMPUTER_API_URL]
+    #[arg(long, global = true, value_name = "URL")]
+    pub api_url: Option<String>,
+    /// API key [env: OC_API_KEY, OPENCOMPUTER_API_KEY]
+    #[arg(long, global = true, value_name = "KEY")]
+    pub api_key: Option<String>,
+    /// Where `oc up` keeps its state on this machine
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "OC_STATE_DIR",
+        default_value = "/var/lib/opencomputer"
+    )]
+    pub state_dir: PathBuf,
+    /// Accepted for compatibility: output has no colours
+    #[arg(long, global = true, hide = true)]
+    pub no_color: bool,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a mesh on this machine
+    Up(Box<UpArguments>),
+    /// Stop the mesh that runs on this machine
+    Down(DownArguments),
+    /// Print shell commands that export URL and API key: eval "$(oc env)"
+    Env,
+    /// Show or change ~/.oc/config.json
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Create a sandbox
+    Create(CreateArguments),
+    /// List sandboxes
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Show one sandbox
+    Get(OneSandbox),
+    /// Delete sandboxes
+    Kill(SomeSandboxes),
+    /// Run a command in a sandbox, and end with its exit code
+    Exec(ExecArguments),
+    /// Look at, copy and change files in a sandbox
+    #[command(subcommand)]
+    Files(FilesCommand),
+    /// Create, look at and delete sandboxes
+    #[command(subcommand)]
+    Sandbox(SandboxCommand),
+    /// Manage API keys (needs an administrator's key)
+    #[command(subcommand)]
+    Keys(KeysCommand),
+    /// List the hosts (needs an administrator's key)
+    Nodes,
+    /// Print the version
+    Version,
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Becomes a service of the mesh; used by `oc up` alone
+    #[command(hide = true)]
+    RunService(RunService),
+}
+
+/// `oc sandbox`.
+#[derive(Debug, Subcommand)]
+pub enum SandboxCommand {
+    /// Create a sandbox
+    Create(CreateArguments),
+    /// List sandboxes
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show one sandbox
+    Get(OneSandbox),
+    /// Delete sandboxes
+    Kill(SomeSandboxes),
+    /// Set how long a sandbox may be idle
+    SetTimeout {
+        /// ID of the sandbox
+        id: String,
+        /// Seconds; 0 for no limit
+        seconds: i32,
+    },
+}
+
+/// Names one sandbox.
+#[derive(Debug, Args)]
+pub struct OneSandbox {
+    /// ID of the sandbox
+    pub id: String,
+}
+
+/// Names sandboxes.
+#[derive(Debug, Args)]
+pub struct SomeSandboxes {
+    /// IDs of the sandboxes
+    #[arg(required = true)]
+    pub ids: Vec<String>,
+}
+
+/// `oc create`.
+#[derive(Debug, Args)]
+pub struct CreateArguments {
+    /// Template
+    #[arg(long)]
+    pub template: Option<String>,
+    /// Seconds the sandbox may be idle until it ends; 0 for no limit [default: 300]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<i32>,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N")]
+    pub cpu: Option<i32>,
+    /// Memory, MiB
+    #[arg(long, value_name = "MIB")]
+    pub memory: Option<i32>,
+    /// Writable disk, MiB
+    #[arg(long, value_name = "MIB")]
+    pub disk: Option<i32>,
+    /// Environment variable of every command; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_and_value)]
+    pub env: Vec<(String, String)>,
+    /// Attached to the sandbox; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_and_value)]
+    pub metadata: Vec<(String, String)>,
+}
+
+/// `oc exec`.
+#[derive(Debug, Args)]
+pub struct ExecArguments {
+    /// ID of the sandbox
+    pub id: String,
+    /// Wait for the command to end: it always does
+    #[arg(long)]
+    pub wait: bool,
+    /// Working directory
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// Environment variable; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_and_value)]
+    pub env: Vec<(String, String)>,
+    /// Seconds until the command is killed, with exit code 124; 0 for no limit [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(i32).range(0..))]
+    pub timeout: Option<i32>,
+    /// User to run as
+    #[arg(long)]
+    pub user: Option<String>,
+    /// Pass our standard input on, 1 MiB at most
+    #[arg(long)]
+    pub stdin: bool,
+    /// The program and its arguments; a single word is a script for `sh -c`
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+/// `oc files`. Wherever one path in a sandbox is meant, `ID:PATH` and `ID PATH` are the same.
+#[derive(Debug, Subcommand)]
+pub enum FilesCommand {
+    /// List a directory
+    Ls(RemotePath),
+    /// Copy files into or out of a sandbox; one side is ID:PATH, `-` is standard input or output
+    Cp(CopyArguments),
+    /// Remove a file, or a directory with all it holds
+    Rm(RemotePath),
+    /// Make a directory and its parents
+    Mkdir(RemotePath),
+    /// Describe a file, directory or link
+    Stat(RemotePath),
+    /// Rename a file or directory within a sandbox: ID:FROM TO, or ID FROM TO
+    Mv {
+        /// ID:FROM TO, or ID FROM TO
+        #[arg(required = true, num_args = 2..=3, value_name = "PATH")]
+        paths: Vec<String>,
+    },
+}
+
+/// A path in a sandbox.
+#[derive(Debug, Args)]
+pub struct RemotePath {
+    /// ID:PATH, or ID
+    pub target: String,
+    /// PATH, after ID; the user's home if left out
+    pub path: Option<String>,
+}
+
+/// `oc files cp`.
+#[derive(Debug, Args)]
+pub struct CopyArguments {
+    /// Copy directories with all they hold
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// ID:PATH, a path on this machine, or `-` for standard input
+    pub source: PathBuf,
+    /// ID:PATH, a path on this machine, or `-` for standard output
+    pub destination: PathBuf,
+}
+
+/// `oc keys`.
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Create a key; only now can it be read
+    Create {
+        /// Whom its sandboxes belong to; the caller's own tenant if left out
+        #[arg(long)]
+        tenant: Option<String>,
+        /// Let it manage keys and see the hosts
+        #[arg(long)]
+        admin: bool,
+        /// What it is for
+        #[arg(long)]
+        description: Option<String>,
+    },
+    /// List keys, without their values
+    #[command(visible_alias = "ls")]
+    List,
+    /// Revoke a key
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// ID of the key
+        key_id: String,
+    },
+}
+
+/// `oc config`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Set a value; an empty one forgets it
+    Set {
+        /// Which value
+        name: ConfigName,
+        /// The value
+        value: String,
+    },
+    /// Show the file's values
+    Show,
+}
+
+/// A value in the configuration file.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum ConfigName {
+    /// URL of the gateway
+    ApiUrl,
+    /// API key
+    ApiKey,
+}
+
+/// `oc up`.
+#[derive(Debug, Args)]
+pub struct UpArguments {
+    /// Address of the gateway; port 0 takes any free one
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// URL that clients reach the gateway by, if it is not the one it listens on
+    #[arg(long, value_name = "URL")]
+    pub public_url: Option<String>,
+    /// Record store, file:///PATH or etcd://HOST:PORT[,HOST:PORT] [default: store.db in the state directory]
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+    /// Templates [default: /var/cache/opencomputer/images]
+    #[arg(long, value_name = "DIR", env = "OC_IMAGE_DIR")]
+    pub image_dir: Option<PathBuf>,
+    /// Where the services' binaries are [default: beside oc]
+    #[arg(long, value_name = "DIR")]
+    pub bin_dir: Option<PathBuf>,
+    /// Static binary that runs in every microVM [default: oc-init, else oc-guest, beside the services]
+    #[arg(long, value_name = "FILE")]
+    pub guest_binary: Option<PathBuf>,
+    /// Name of this machine in the mesh [default: local, or the host name in a mesh on etcd]
+    #[arg(long, value_name = "NAME")]
+    pub host_id: Option<String>,
+    /// Sandboxes kept ready, restored and paused
+    #[arg(long, value_name = "N")]
+    pub pool_size: Option<u32>,
+    /// Sandboxes this machine takes at most
+    #[arg(long, value_name = "N")]
+    pub max_sandboxes: Option<u32>,
+    /// Boot every sandbox: no golden snapshots, no clones, no pool
+    #[arg(long)]
+    pub no_snapshots: bool,
+    /// What runs the microVMs
+    #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
+    pub accelerator: Accelerator,
+    /// Seconds until a mesh that is not ready counts as failed
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub ready_timeout: u64,
+    /// Return once the mesh is ready, and leave it running
+    #[arg(long)]
+    pub detach: bool,
+    /// Run in a session of its own and report to the `oc up --detach` that waits for it
+    #[arg(long, hide = true)]
+    pub detached: bool,
+}
+
+/// What runs the microVMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accelerator {
+    /// KVM where it boots a guest, else software emulation
+    Auto,
+    /// The processor's virtualisation
+    Kvm,
+    /// Software emulation
+    Tcg,
+}
+
+/// `oc down`.
+#[derive(Debug, Args)]
+pub struct DownArguments {
+    /// Where the services' binaries are [default: where `oc up` had them]
+    #[arg(long, value_name = "DIR")]
+    pub bin_dir: Option<PathBuf>,
+}
+
+/// `NAME=VALUE`.
+fn name_and_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("must be NAME=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn create_takes_the_published_flags() {
+        let line = "oc create --timeout 0 --cpu 2 --memory 8192 --disk 20480 --env A=b=c --env B= --metadata k=v --json";
+        let cli = parse(line).unwrap();
+        assert!(cli.global.json);
+        let Command::Create(create) = cli.command else { panic!("not create") };
+        assert_eq!((create.timeout, create.cpu, create.memory), (Some(0), Some(2), Some(8192)));
+        assert_eq!(create.env, [("A".into(), "b=c".into()), ("B".into(), String::new())]);
+        assert!(parse("oc create --env A").is_err());
+        assert!(parse("oc create --env =b").is_err());
+    }
+
+    #[test]
+    fn exec_leaves_the_commands_own_flags_alone() {
+        let cli = parse("oc exec sb-1 --wait --cwd /tmp --timeout 5 -- ls --json -la").unwrap();
+        assert!(!cli.global.json);
+        let Command::Exec(exec) = cli.command else { panic!("not exec") };
+        assert_eq!(exec.command, ["ls", "--json", "-la"]);
+        assert_eq!(exec.timeout, Some(5));
+        assert!(parse("oc exec sb-1").is_err());
+        assert!(parse("oc exec sb-1 --timeout -1 -- true").is_err());
+    }
+
+    #[test]
+    fn sandbox_commands_mirror_the_short_ones() {
+        for line in [
+            "oc sandbox create",
+            "oc sandbox list",
+            "oc sandbox ls",
+            "oc ls",
+            "oc list",
+            "oc sandbox get sb-1",
+            "oc sandbox kill sb-1 sb-2",
+            "oc sandbox set-timeout sb-1 0",
+            "oc files mv sb-1:a b",
+            "oc files mv sb-1 a b",
+            "oc files cp - sb-1:a",
+            "oc env --state-dir /tmp/x",
+        ] {
+            parse(line).unwrap();
+        }
+        assert!(parse("oc kill").is_err());
+        assert!(parse("oc files mv sb-1:a").is_err());
+    }
+}

@@ -1,0 +1,293 @@
+//! Into a sandbox.
+
+use std::{
+    fs::{self, Metadata},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, TryStreamExt as _, stream};
+use oc_proto::{
+    google::api::HttpBody,
+    v1::{FileType, MakeDirectoryRequest, WriteFileRequest},
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _},
+    sync::mpsc,
+    time::timeout,
+};
+
+use super::{Copied, FILES_AT_ONCE, STALL, TREE_DEPTH, TREE_ENTRIES};
+use crate::{
+    commands::{
+        files::{entries, stat},
+        remote_path::InSandbox,
+    },
+    connection::{CALL_TIMEOUT, Connection, within},
+    failure::Failure,
+    progress::Meter,
+    standard,
+};
+
+/// Content per message; the contract allows 1 MiB.
+const MESSAGE_BYTES: usize = 512 << 10;
+/// From the last byte sent to the answer: the guest writes its disk back.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Copies a file, or with `recursive` a directory.
+pub async fn from_path(
+    connection: &Connection,
+    from: &Path,
+    to: &InSandbox,
+    recursive: bool,
+) -> Result<Copied, Failure> {
+    let metadata = fs::metadata(from).map_err(|error| cannot_read(from, error))?;
+    if metadata.is_dir() && !recursive {
+        return Err(Failure::Usage(format!("{} is a directory: copy it with -r", from.display())));
+    }
+    let to = if is_directory(connection, to).await? { to.join(&name_of(from)?) } else { to.clone() };
+    if metadata.is_dir() {
+        return tree(connection, from, &to).await;
+    }
+    let meter = Meter::new(from.display().to_string(), metadata.is_file().then_some(metadata.len()));
+    let bytes = file(connection, from, &to, &meter).await?;
+    Ok(Copied { files: 1, bytes, skipped: 0 })
+}
+
+/// Copies our standard input to a file.
+pub async fn from_stdin(connection: &Connection, to: &InSandbox) -> Result<Copied, Failure> {
+    let mut input = standard::input()?;
+    input.set_max_buf_size(MESSAGE_BYTES);
+    let meter = Meter::new("standard input".to_owned(), None);
+    let bytes = send(connection, input, "standard input", to, 0, &meter).await?;
+    Ok(Copied { files: 1, bytes, skipped: 0 })
+}
+
+/// Whether the copy goes into `place` under its own name. A link is looked through.
+async fn is_directory(connection: &Connection, place: &InSandbox) -> Result<bool, Failure> {
+    if place.path.is_empty() || place.path.ends_with('/') {
+        return Ok(true);
+    }
+    match stat(connection, place).await {
+        Ok(info) if info.r#type() == FileType::Symlink => match entries(connection, place).await {
+            Ok(_) => Ok(true),
+            Err(failure) if failure.has_reason("DIRECTORY_TOO_LARGE") => Ok(true),
+            Err(failure) if failure.has_reason("NOT_A_DIRECTORY") || failure.has_reason("FILE_NOT_FOUND") => {
+                Ok(false)
+            }
+            Err(failure) => Err(failure),
+        },
+        Ok(info) => Ok(info.r#type() == FileType::Directory),
+        Err(failure) if failure.has_reason("FILE_NOT_FOUND") => Ok(false),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// The name of a file of ours, `.` and `..` resolved.
+fn name_of(path: &Path) -> Result<String, Failure> {
+    let name = match path.file_name() {
+        Some(name) => name.to_owned(),
+        None => {
+            let path = path.canonicalize().map_err(|error| cannot_read(path, error))?;
+            path.file_name().map(ToOwned::to_owned).ok_or_else(|| {
+                Failure::Usage(format!(
+                    "{} has no name to copy it under: name the destination",
+                    path.display()
+                ))
+            })?
+        }
+    };
+    text_of(&name, path)
+}
+
+/// Names in a sandbox are text to the contract.
+fn text_of(name: &std::ffi::OsStr, path: &Path) -> Result<String, Failure> {
+    name.to_str().map(ToOwned::to_owned).ok_or_else(|| {
+        Failure::Unfit(format!(
+            "the name of {} is not UTF-8: rename it, or name the destination",
+            path.display()
+        ))
+    })
+}
+
+/// A file of a tree.
+struct Leaf {
+    from: PathBuf,
+    to: InSandbox,
+}
+
+/// What a walk has found.
+#[derive(Default)]
+struct Tree {
+    directories: Vec<(InSandbox, u32)>,
+    files: Vec<Leaf>,
+    bytes: u64,
+    skipped: u64,
+}
+
+async fn tree(connection: &Connection, from: &Path, to: &InSandbox) -> Result<Copied, Failure> {
+    // The whole walk comes first: what cannot be copied is said before anything is.
+    let Tree { directories, files, bytes, skipped } = walk(from, to)?;
+    let meter = Meter::new(from.display().to_string(), Some(bytes));
+    for (place, mode) in directories {
+        let InSandbox { id: sandbox_id, path } = place;
+        let request = within(CALL_TIMEOUT, MakeDirectoryRequest { sandbox_id, path, mode });
+        connection.files().make_directory(request).await?;
+    }
+    let count = files.len() as u64;
+    let meter = &meter;
+    let sent = stream::iter(files.into_iter().map(Ok))
+        .map_ok(async |leaf: Leaf| file(connection, &leaf.from, &leaf.to, meter).await)
+        .try_buffer_unordered(FILES_AT_ONCE)
+        .try_fold(0, async |sum, bytes| Ok(sum + bytes))
+        .await?;
+    Ok(Copied { files: count, bytes: sent, skipped })
+}
+
+fn walk(root: &Path, to: &InSandbox) -> Result<Tree, Failure> {
+    let mut tree = Tree::default();
+    let mut open = vec![(root.to_owned(), to.clone(), 0)];
+    let mut seen = 0;
+    while let Some((directory, place, depth)) = open.pop() {
+        if depth > TREE_DEPTH {
+            return Err(Failure::Unfit(format!("{} lies more than {TREE_DEPTH} deep", directory.display())));
+        }
+        let metadata = fs::metadata(&directory).map_err(|error| cannot_read(&directory, error))?;
+        tree.directories.push((place.clone(), mode_of(&metadata)));
+        for entry in fs::read_dir(&directory).map_err(|error| cannot_read(&directory, error))? {
+            let entry = entry.map_err(|error| cannot_read(&directory, error))?;
+            seen += 1;
+            if seen > TREE_ENTRIES {
+                let message =
+                    format!("{} holds more than {TREE_ENTRIES} files: pack them first", root.display());
+                return Err(Failure::Unfit(message));
+            }
+            let path = entry.path();
+            let metadata = entry.metadata().map_err(|error| cannot_read(&path, error))?;
+            if !metadata.is_dir() && !metadata.is_file() {
+                tree.skipped += 1;
+                continue;
+            }
+            let place = place.join(&text_of(&entry.file_name(), &path)?);
+            if metadata.is_dir() {
+                open.push((path, place, depth + 1));
+            } else {
+                tree.bytes += metadata.len();
+                tree.files.push(Leaf { from: path, to: place });
+            }
+        }
+    }
+    Ok(tree)
+}
+
+async fn file(connection: &Connection, from: &Path, to: &InSandbox, meter: &Meter) -> Result<u64, Failure> {
+    let mut file = tokio::fs::File::open(from).await.map_err(|error| cannot_read(from, error))?;
+    let metadata = file.metadata().await.map_err(|error| cannot_read(from, error))?;
+    file.set_max_buf_size(MESSAGE_BYTES);
+    let mode = if metadata.is_file() { mode_of(&metadata) } else { 0 };
+    send(connection, file, &from.display().to_string(), to, mode, meter).await
+}
+
+fn mode_of(metadata: &Metadata) -> u32 {
+    metadata.permissions().mode() & 0o777
+}
+
+fn cannot_read(path: &Path, error: std::io::Error) -> Failure {
+    Failure::local(format!("cannot read {}", path.display()), error)
+}
+
+/// What goes to the stream of messages. A stream that ends is a file that is whole: so the end must be said,
+/// and a stream that was let go without it never ends, and is reset with its call.
+enum Part {
+    Message(WriteFileRequest),
+    End,
+}
+
+async fn send(
+    connection: &Connection,
+    source: impl AsyncRead + Unpin,
+    name: &str,
+    to: &InSandbox,
+    mode: u32,
+    meter: &Meter,
+) -> Result<u64, Failure> {
+    let (parts, messages) = mpsc::channel(1);
+    let mut client = connection.files();
+    let call = client.write_file(until_end(messages));
+    let mut call = std::pin::pin!(call);
+    let fed = tokio::select! {
+        answer = &mut call => {
+            // Before the end it can only be a refusal.
+            answer?;
+            return Err(Failure::Stalled(format!("{}:{}: the mesh ended the transfer early", to.id, to.path)));
+        }
+        fed = feed(source, name, to, mode, &parts, meter) => fed?,
+    };
+    match timeout(COMMIT_TIMEOUT, call).await {
+        Ok(answer) => answer.map(|_| fed).map_err(Failure::from),
+        Err(_) => Err(stalled(to)),
+    }
+}
+
+async fn feed(
+    mut source: impl AsyncRead + Unpin,
+    name: &str,
+    to: &InSandbox,
+    mode: u32,
+    parts: &mpsc::Sender<Part>,
+    meter: &Meter,
+) -> Result<u64, Failure> {
+    let opening = WriteFileRequest { sandbox_id: to.id.clone(), path: to.path_or_home(), mode, body: None };
+    pass(parts, Part::Message(opening), to).await?;
+    let mut sent = 0;
+    loop {
+        let data =
+            next(&mut source).await.map_err(|error| Failure::local(format!("cannot read {name}"), error))?;
+        if data.is_empty() {
+            break;
+        }
+        let size = data.len();
+        let body = HttpBody { data, ..HttpBody::default() };
+        pass(parts, Part::Message(WriteFileRequest { body: Some(body), ..WriteFileRequest::default() }), to)
+            .await?;
+        sent += size as u64;
+        meter.add(size);
+    }
+    pass(parts, Part::End, to).await?;
+    Ok(sent)
+}
+
+/// The next message's content, empty at the end.
+async fn next(source: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Bytes> {
+    let mut data = BytesMut::with_capacity(MESSAGE_BYTES);
+    while data.len() < MESSAGE_BYTES {
+        let room = (MESSAGE_BYTES - data.len()) as u64;
+        if source.take(room).read_buf(&mut data).await? == 0 {
+            break;
+        }
+    }
+    Ok(data.freeze())
+}
+
+async fn pass(parts: &mpsc::Sender<Part>, part: Part, to: &InSandbox) -> Result<(), Failure> {
+    match timeout(STALL, parts.send(part)).await {
+        Ok(Ok(())) => Ok(()),
+        // The call is over: its answer, which is awaited beside this, says why.
+        Ok(Err(_)) => std::future::pending().await,
+        Err(_) => Err(stalled(to)),
+    }
+}
+
+fn until_end(messages: mpsc::Receiver<Part>) -> impl Stream<Item = WriteFileRequest> + Send + 'static {
+    stream::unfold(messages, async |mut messages| match messages.recv().await {
+        Some(Part::Message(message)) => Some((message, messages)),
+        Some(Part::End) => None,
+        None => std::future::pending().await,
+    })
+}
+
+fn stalled(to: &InSandbox) -> Failure {
+    Failure::Stalled(format!("{}:{}: the transfer stands still", to.id, to.path))
+}

@@ -1,0 +1,93 @@
+//! `oc`, the command line of the mesh: a client of the public contract like any other, and the supervisor that
+//! runs a whole mesh on one machine (`oc up`). It depends on the contract alone, never on a service.
+//!
+//! - [`arguments`]: every command and flag.
+//! - [`commands`]: what each command does.
+//! - [`up`]: `oc up` and `oc down`.
+//! - [`config`]: where URL and key come from; [`connection`]: the channel to the gateway.
+//! - [`output`], [`json`], [`progress`], [`standard`]: results on standard output, everything else on standard error.
+//! - [`failure`]: what went wrong, and the exit code that says so.
+
+pub mod arguments;
+pub mod commands;
+pub mod config;
+pub mod connection;
+pub mod failure;
+pub mod json;
+pub mod output;
+pub mod progress;
+pub mod quote;
+pub mod standard;
+pub mod up;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::Parser as _;
+
+use crate::{
+    arguments::{Cli, Command},
+    failure::Failure,
+    output::Output,
+};
+
+/// Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT.
+const INTERRUPTED: u8 = 130;
+
+/// Parses the arguments, runs the command, and says how it ended.
+pub fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let cli = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error, &arguments),
+    };
+    let output = Output::new(cli.global.json);
+    match run(cli, output) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            failure.report(output.is_json());
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
+    if let Command::RunService(service) = &cli.command {
+        // Becomes the service: nothing of this process, no runtime, no thread, may be left by then.
+        return Err(up::shim::become_service(&cli.global.state_dir, service));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::local("cannot start the runtime", error))?;
+    let result = runtime.block_on(async {
+        let supervises = matches!(cli.command, Command::Up(_) | Command::Down(_));
+        let command = Box::pin(commands::run(cli, output));
+        if supervises {
+            // These two decide themselves what a signal means.
+            return command.await;
+        }
+        tokio::select! {
+            result = command => result,
+            // Dropping the command undoes what it had half done: temporary files, open streams.
+            _ = tokio::signal::ctrl_c() => Ok(INTERRUPTED),
+        }
+    });
+    // A read of the terminal may still block a thread: it must not hold the exit back.
+    runtime.shutdown_background();
+    result
+}
+
+/// Shows a parse error, or the help that was asked for.
+fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+    use clap::error::ErrorKind;
+    let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    let json = arguments.iter().take_while(|argument| *argument != "--").any(|argument| argument == "--json");
+    if asked || !json {
+        // Nothing can be done about a closed terminal.
+        let _ = error.print();
+        return if asked { ExitCode::SUCCESS } else { ExitCode::from(failure::USAGE) };
+    }
+    let failure = Failure::Usage(error.render().to_string().trim().to_owned());
+    failure.report(true);
+    ExitCode::from(failure.exit_code())
+}

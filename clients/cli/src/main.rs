@@ -1,0 +1,5 @@
+//! `oc`: see the library.
+
+fn main() -> std::process::ExitCode {
+    oc_cli::main()
+}

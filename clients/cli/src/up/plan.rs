@@ -1,0 +1,301 @@
+//! What `oc up` is going to run, checked as a whole before anything is started.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::ValueEnum as _;
+
+use crate::{arguments::UpArguments, failure::Failure};
+
+use super::{key::ApiKey, layout::Layout};
+
+/// Name of the scheduler, of its log, its socket, its journal.
+pub const SCHEDULER: &str = "scheduler";
+/// The same of the vmm-agent.
+pub const AGENT: &str = "vmm-agent";
+/// The same of the gateway.
+pub const GATEWAY: &str = "gateway";
+/// In the order in which they are stopped: first whoever calls, then who is called.
+pub const STOP_ORDER: [&str; 3] = [GATEWAY, SCHEDULER, AGENT];
+
+/// For a service to drain and end after SIGTERM. Longer than any of them takes by itself: a scheduler gives its calls
+/// 10 s, what they began another 10 s, and its ledger 5 s.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where `make setup` puts templates: microVMs run as users of their own, who could not reach a home directory.
+const IMAGE_DIR: &str = "/var/cache/opencomputer/images";
+
+/// What to run.
+#[derive(Debug)]
+pub struct Plan {
+    /// The state directory.
+    pub layout: Layout,
+    /// Where the binaries are.
+    pub bin_dir: PathBuf,
+    /// Name of this machine in the mesh.
+    pub host_id: String,
+    /// Address of the gateway; its port may still be 0.
+    pub listen: SocketAddr,
+    /// Size of the pool, if it was said.
+    pool_size: Option<u32>,
+    /// When a mesh that is not ready counts as failed.
+    pub ready_timeout: Duration,
+    /// The state directory's own store, rather than one elsewhere.
+    pub own_store: bool,
+    store: String,
+    image_dir: PathBuf,
+    guest_binary: PathBuf,
+    max_sandboxes: Option<u32>,
+    no_snapshots: bool,
+    public_url: Option<String>,
+    accelerator: String,
+}
+
+/// One service.
+#[derive(Debug)]
+pub struct Service {
+    /// Its name.
+    pub name: &'static str,
+    /// Its command line.
+    pub command: Vec<OsString>,
+    /// Only the owner may use the files it makes.
+    pub private: bool,
+}
+
+impl Plan {
+    /// Checks what was asked for.
+    pub fn new(state_dir: &Path, arguments: &UpArguments) -> Result<Self, Failure> {
+        let layout = Layout::new(state_dir)?;
+        let bin_dir = match &arguments.bin_dir {
+            Some(directory) => absolute(directory)?,
+            None => beside_oc()?,
+        };
+        for name in [SCHEDULER, AGENT, GATEWAY] {
+            let program = program(&bin_dir, name);
+            if !program.is_file() {
+                return Err(Failure::Unfit(format!(
+                    "there is no {}: name its directory with --bin-dir",
+                    program.display()
+                )));
+            }
+        }
+        let image_dir = match &arguments.image_dir {
+            Some(directory) => absolute(directory)?,
+            None => IMAGE_DIR.into(),
+        };
+        if !image_dir.join("base/manifest.json").is_file() {
+            return Err(Failure::Unfit(format!(
+                "there is no template in {}: build it with `make setup`, or name its directory with --image-dir",
+                image_dir.display()
+            )));
+        }
+        let store = match &arguments.store {
+            Some(url) => checked_store(url)?,
+            None => format!("file://{}", text(&layout.store())?),
+        };
+        let on_etcd = store.starts_with("etcd://");
+        Ok(Self {
+            guest_binary: guest_binary(&bin_dir, arguments.guest_binary.as_deref())?,
+            host_id: host_id(arguments.host_id.as_deref(), on_etcd)?,
+            listen: arguments.listen,
+            pool_size: arguments.pool_size,
+            ready_timeout: Duration::from_secs(arguments.ready_timeout),
+            own_store: arguments.store.is_none(),
+            store,
+            image_dir,
+            max_sandboxes: arguments.max_sandboxes,
+            no_snapshots: arguments.no_snapshots,
+            public_url: arguments.public_url.clone(),
+            accelerator: arguments
+                .accelerator
+                .to_possible_value()
+                .map_or_else(|| "auto".to_owned(), |value| value.get_name().to_owned()),
+            layout,
+            bin_dir,
+        })
+    }
+
+    /// Whether sandboxes are kept ready.
+    pub fn fills_pool(&self) -> bool {
+        self.pool_size != Some(0) && !self.no_snapshots
+    }
+
+    /// Settles on a port, and sees that it is free.
+    pub fn free_address(&self) -> Result<SocketAddr, Failure> {
+        TcpListener::bind(self.listen).and_then(|listener| listener.local_addr()).map_err(|error| {
+            let hint =
+                if error.kind() == io::ErrorKind::AddrInUse { " (choose another --listen)" } else { "" };
+            Failure::local(format!("cannot listen on {}{hint}", self.listen), error)
+        })
+    }
+
+    /// The services, in the order in which they are started.
+    pub fn services(&self, listen: SocketAddr, key: &ApiKey) -> [Service; 3] {
+        let mut scheduler = Command::new(self, SCHEDULER);
+        scheduler.option("--store", &self.store);
+        scheduler.option("--listen", self.endpoint(SCHEDULER));
+        scheduler.option("--bootstrap-key-hash", key.hash());
+
+        let mut agent = Command::new(self, AGENT);
+        agent.option("--store", &self.store);
+        agent.option("--listen", self.endpoint(AGENT));
+        agent.option("--host-id", &self.host_id);
+        agent.option("--data-dir", self.layout.agent());
+        agent.option("--image-dir", &self.image_dir);
+        agent.option("--guest-binary", &self.guest_binary);
+        agent.option("--accelerator", &self.accelerator);
+        agent.number("--pool-size", self.pool_size);
+        agent.number("--max-sandboxes", self.max_sandboxes);
+        if self.no_snapshots {
+            agent.words.push("--no-snapshots".into());
+        }
+
+        let mut gateway = Command::new(self, GATEWAY);
+        gateway.option("--store", &self.store);
+        gateway.option("--listen", listen.to_string());
+        if let Some(url) = &self.public_url {
+            gateway.option("--public-url", url);
+        }
+        [scheduler.service(true), agent.service(false), gateway.service(true)]
+    }
+
+    fn endpoint(&self, service: &str) -> OsString {
+        let mut endpoint = OsString::from("unix://");
+        endpoint.push(self.layout.socket(service));
+        endpoint
+    }
+}
+
+/// A service's command line in the making.
+struct Command {
+    name: &'static str,
+    words: Vec<OsString>,
+}
+
+impl Command {
+    fn new(plan: &Plan, name: &'static str) -> Self {
+        Self { name, words: vec![program(&plan.bin_dir, name).into()] }
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.words.extend([name.into(), value.into()]);
+    }
+
+    fn number(&mut self, name: &str, value: Option<u32>) {
+        if let Some(value) = value {
+            self.option(name, value.to_string());
+        }
+    }
+
+    fn service(self, private: bool) -> Service {
+        Service { name: self.name, command: self.words, private }
+    }
+}
+
+/// The binary of a service.
+pub fn program(bin_dir: &Path, service: &str) -> PathBuf {
+    bin_dir.join(format!("oc-{service}"))
+}
+
+/// URL under which a gateway that listens there is reached from this machine.
+pub fn local_url(listen: SocketAddr) -> String {
+    let ip = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    format!("http://{}", SocketAddr::new(ip, listen.port()))
+}
+
+/// The directory that this binary is in.
+pub fn beside_oc() -> Result<PathBuf, Failure> {
+    let failed = |error| Failure::local("cannot find the directory of oc", error);
+    let oc = env::current_exe().map_err(failed)?;
+    oc.parent().map(Path::to_owned).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+}
+
+/// `oc-init` is `oc-guest`, linked statically.
+fn guest_binary(bin_dir: &Path, named: Option<&Path>) -> Result<PathBuf, Failure> {
+    let candidates = match named {
+        Some(path) => vec![absolute(path)?],
+        None => vec![bin_dir.join("oc-init"), bin_dir.join("oc-guest")],
+    };
+    let wanted = candidates.last().map(|path| path.display().to_string()).unwrap_or_default();
+    candidates.into_iter().find(|path| path.is_file()).ok_or_else(|| {
+        Failure::Unfit(format!("there is no {wanted}: name the guest's binary with --guest-binary"))
+    })
+}
+
+/// A store of one machine needs no telling names; in a bigger mesh the host's own name tells it from others.
+fn host_id(named: Option<&str>, shared: bool) -> Result<String, Failure> {
+    let name = match named {
+        Some(name) => name.to_owned(),
+        None if shared => nix::unistd::gethostname()
+            .map_err(|errno| Failure::local("cannot read the host name", io::Error::from(errno)))?
+            .to_string_lossy()
+            .to_ascii_lowercase(),
+        None => "local".to_owned(),
+    };
+    let fits = (1..=63).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'));
+    if !fits {
+        let message =
+            format!("{name:?} cannot name this machine: give --host-id, 1 to 63 characters of [a-z0-9.-]");
+        return Err(Failure::Usage(message));
+    }
+    Ok(name)
+}
+
+fn checked_store(url: &str) -> Result<String, Failure> {
+    match url.split_once("://") {
+        Some(("file", path)) if path.starts_with('/') => Ok(url.to_owned()),
+        Some(("etcd", hosts)) if !hosts.is_empty() => Ok(url.to_owned()),
+        _ => Err(Failure::Usage(format!(
+            "{url:?} is no store: give file:///PATH or etcd://HOST:PORT[,HOST:PORT]"
+        ))),
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    fs::canonicalize(path).map_err(|error| Failure::local(format!("cannot find {}", path.display()), error))
+}
+
+fn text(path: &Path) -> Result<&str, Failure> {
+    path.to_str()
+        .ok_or_else(|| Failure::Usage(format!("{} is not UTF-8: choose another path", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gateway_on_all_addresses_is_reached_on_the_loopback() {
+        for (listen, url) in [
+            ("127.0.0.1:8080", "http://127.0.0.1:8080"),
+            ("0.0.0.0:80", "http://127.0.0.1:80"),
+            ("[::]:80", "http://[::1]:80"),
+            ("10.0.0.1:80", "http://10.0.0.1:80"),
+        ] {
+            assert_eq!(local_url(listen.parse().unwrap()), url);
+        }
+    }
+
+    #[test]
+    fn stores_and_host_names_are_checked() {
+        assert!(checked_store("file:///x/store.db").is_ok());
+        assert!(checked_store("etcd://a:1,b:2").is_ok());
+        for url in ["file://x", "x", "etcd://", "redis://a"] {
+            assert!(checked_store(url).is_err(), "{url}");
+        }
+        assert_eq!(host_id(None, false).unwrap(), "local");
+        assert!(host_id(Some("a/b"), true).is_err());
+        assert!(host_id(Some(""), true).is_err());
+    }
+}

@@ -1,0 +1,261 @@
+//! The commands, as a shell runs them, against a mesh without microVMs.
+
+#![allow(clippy::unwrap_used)]
+
+mod fake;
+
+use std::{
+    io::Write as _,
+    process::{Command, Output, Stdio},
+};
+
+use fake::{Fake, KEY};
+use serde_json::{Value, json};
+
+/// A mesh, and a home without a configuration.
+struct Shell {
+    mesh: Fake,
+    home: tempfile::TempDir,
+}
+
+impl Shell {
+    fn new() -> Self {
+        Self { mesh: Fake::start(), home: tempfile::tempdir().unwrap() }
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_oc"));
+        command
+            .args(line.split_whitespace())
+            .env_clear()
+            .env("HOME", self.home.path())
+            .env("OC_STATE_DIR", self.home.path().join("state"))
+            .env("OC_API_URL", format!("http://{}/api", self.mesh.address))
+            .env("OC_API_KEY", KEY)
+            .current_dir(self.home.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    fn ok(&self, line: &str) -> String {
+        let output = self.run(line);
+        assert!(output.status.success(), "{line}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    fn json(&self, line: &str) -> Value {
+        serde_json::from_str(&self.ok(&format!("{line} --json"))).unwrap()
+    }
+
+    /// Exit code and code of an error.
+    fn refused(&self, line: &str) -> (i32, String) {
+        let output = self.run(&format!("{line} --json"));
+        let error: Value = serde_json::from_slice(&output.stderr).unwrap_or_else(|_| {
+            panic!("{line}: no JSON on standard error: {:?}", text(&output.stderr));
+        });
+        assert!(!error["error"].as_str().unwrap().is_empty());
+        (output.status.code().unwrap(), error["code"].as_str().unwrap().to_owned())
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn a_sandbox_is_created_shown_listed_and_killed() {
+    let shell = Shell::new();
+    let created = shell.json("create --timeout 0 --memory 2048 --env A=b=c --metadata who=me");
+    let id = created["sandboxID"].as_str().unwrap();
+    assert_eq!(created["status"], "running");
+    assert_eq!(created["metadata"], json!({ "who": "me" }));
+    {
+        let state = shell.mesh.state.lock().unwrap();
+        assert_eq!(state.created[0].timeout, Some(0));
+        assert_eq!(state.created[0].memory_mb, 2048);
+        assert_eq!(state.created[0].envs["A"], "b=c");
+    }
+    assert_eq!(shell.json(&format!("get {id}")), created);
+    assert!(shell.ok(&format!("sandbox get {id}")).contains("status        running\n"));
+    shell.ok("create");
+    shell.ok("sandbox create");
+    assert_eq!(shell.mesh.state.lock().unwrap().created[1].timeout, None);
+    // Two pages.
+    assert_eq!(shell.json("ls").as_array().unwrap().len(), 3);
+    let table = shell.ok("sandbox list");
+    assert!(table.starts_with("ID                       TEMPLATE  STATUS   CPU  MEM      AGE\n"), "{table}");
+    assert_eq!(table.lines().count(), 4);
+    shell.ok(&format!("sandbox set-timeout {id} 7"));
+    assert_eq!(shell.json(&format!("get {id}"))["timeout"], 7);
+    assert_eq!(shell.json(&format!("kill {id}")), json!({}));
+    assert_eq!(shell.refused(&format!("get {id}")), (3, "SANDBOX_NOT_FOUND".to_owned()));
+}
+
+#[test]
+fn errors_have_a_text_a_code_and_an_exit_code() {
+    let shell = Shell::new();
+    assert_eq!(shell.refused("create --template none"), (3, "TEMPLATE_NOT_FOUND".to_owned()));
+    assert_eq!(shell.refused("create --template full"), (5, "NO_CAPACITY".to_owned()));
+    assert_eq!(shell.refused("create --api-key wrong"), (3, "INVALID_CREDENTIALS".to_owned()));
+    assert_eq!(shell.refused("create --cpu many"), (2, "USAGE".to_owned()));
+    assert_eq!(shell.refused("ls --api-url http://127.0.0.1:9"), (5, "UNREACHABLE".to_owned()));
+    assert_eq!(shell.refused("ls --api-url https://localhost"), (2, "USAGE".to_owned()));
+    assert_eq!(shell.refused("ls --api-url nonsense"), (2, "USAGE".to_owned()));
+    let output = shell.run("create --template none");
+    assert_eq!(text(&output.stderr), "error: there is no template none\ncode: TEMPLATE_NOT_FOUND\n");
+    let output = shell.command("ls").env_remove("OC_API_KEY").output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("no API key"));
+    assert_eq!(shell.run("ls --unknown").status.code(), Some(2));
+}
+
+#[test]
+fn a_killed_sandbox_does_not_hide_another_that_is_not_there() {
+    let shell = Shell::new();
+    let id = shell.json("create")["sandboxID"].as_str().unwrap().to_owned();
+    assert_eq!(shell.refused(&format!("kill sb-none {id}")), (3, "SANDBOX_NOT_FOUND".to_owned()));
+    assert!(shell.mesh.state.lock().unwrap().sandboxes.is_empty());
+}
+
+#[test]
+fn a_commands_output_and_exit_code_are_ours() {
+    let shell = Shell::new();
+    assert_eq!(shell.ok("exec sb-1 --wait -- echo a --json b"), "a --json b\n");
+    let output = shell.run("exec sb-1 -- bytes");
+    assert_eq!(output.stdout, b"\xff\0out");
+    assert_eq!(output.stderr, b"\xfeerr");
+    for (line, code) in
+        [("exit 0", 0), ("exit 3", 3), ("exit 137", 137), ("sleep", 124), ("secret", 126), ("gone", 127)]
+    {
+        assert_eq!(shell.run(&format!("exec sb-1 -- {line}")).status.code(), Some(code), "{line}");
+    }
+    let output = shell.run("exec sb-1 -- much");
+    assert!(text(&output.stderr).contains("it was 99 bytes"));
+    let output = shell.run("exec sb-1 --json -- exit 9");
+    assert_eq!(output.status.code(), Some(9));
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["exitCode"], 9);
+}
+
+#[test]
+fn a_command_gets_what_it_was_given() {
+    let shell = Shell::new();
+    let described = shell.ok("exec sb-1 --timeout 5 --cwd /tmp --user root --env B=2 --env A=1 -- describe");
+    assert!(described.starts_with(r#"Some(5) [("A", "1"), ("B", "2")] /tmp root Some("35"#), "{described}");
+    assert!(shell.ok("exec sb-1 --timeout 0 -- describe").ends_with("None"));
+}
+
+#[test]
+fn standard_input_is_passed_on_up_to_its_limit() {
+    let shell = Shell::new();
+    let cat = |bytes: &[u8]| {
+        let mut child = shell
+            .command("exec sb-1 --stdin -- cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let bytes = bytes.to_vec();
+        let writer = std::thread::spawn(move || stdin.write_all(&bytes));
+        let output = child.wait_with_output().unwrap();
+        // It is closed early if it is too much.
+        let _ = writer.join().unwrap();
+        output
+    };
+    let bytes: Vec<u8> = (0..1 << 20).map(|n: u32| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
+    assert_eq!(cat(&bytes).stdout, bytes);
+    let output = cat(&[bytes.as_slice(), b"x"].concat());
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("oc files cp"));
+}
+
+#[test]
+fn ctrl_c_ends_a_call() {
+    let shell = Shell::new();
+    let mut child = shell.command("exec sb-1 -- slow").spawn().unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    // Until its handler is there, the signal kills it: that has no exit code.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while signals_caught(pid) & 1 << 1 == 0 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+/// `SigCgt` of a process, proc_pid_status(5): bit N - 1 for signal N.
+fn signals_caught(pid: nix::unistd::Pid) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+    u64::from_str_radix(mask.trim(), 16).unwrap()
+}
+
+#[test]
+fn a_closed_pipe_is_no_panic() {
+    let shell = Shell::new();
+    let mut child =
+        shell.command("completions bash").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(141), String::new()));
+}
+
+#[test]
+fn keys_and_hosts_are_managed() {
+    let shell = Shell::new();
+    let created = shell.json("keys create --tenant t --admin --description for_ci");
+    assert_eq!(created["apiKey"], KEY);
+    assert_eq!(created["key"]["keyID"], "k1");
+    assert_eq!(
+        shell.ok("keys list"),
+        "ID  TENANT  ADMIN  AGE  DESCRIPTION\nk1  t       yes         for_ci\n"
+    );
+    assert_eq!(shell.ok("keys create --tenant u"), format!("{KEY}\n"));
+    shell.ok("keys delete k1");
+    assert_eq!(shell.refused("keys delete k1"), (3, "KEY_NOT_FOUND".to_owned()));
+    assert_eq!(shell.json("nodes")[0]["accelerator"], "tcg");
+    assert!(shell.ok("nodes").contains("local  tcg          fake 1.0  0/10"));
+}
+
+#[test]
+fn configuration_environment_and_exports() {
+    let shell = Shell::new();
+    let without = |line: &str| {
+        let mut command = shell.command(line);
+        command.env_remove("OC_API_URL").env_remove("OC_API_KEY");
+        command
+    };
+    let set = |line: &str| assert!(without(line).status().unwrap().success(), "{line}");
+    set(&format!("config set api-url http://{}", shell.mesh.address));
+    set(&format!("config set api-key {KEY}"));
+    assert!(without("ls").status().unwrap().success());
+    let shown = text(&without("config show").output().unwrap().stdout);
+    assert!(shown.contains("osb_0123…") && !shown.contains(KEY), "{shown}");
+    assert_eq!(without("config set api-key short").status().unwrap().code(), Some(2));
+
+    let script = format!(
+        "{}\nprintf '%s %s' \"$OC_API_URL\" \"$OPENCOMPUTER_API_KEY\"",
+        text(&without("env").output().unwrap().stdout)
+    );
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert_eq!(text(&output.stdout), format!("http://{} {KEY}", shell.mesh.address));
+
+    // The environment wins over the file.
+    let output = without("ls --json").env("OPENCOMPUTER_API_KEY", "other").output().unwrap();
+    assert!(text(&output.stderr).contains("INVALID_CREDENTIALS"));
+}
+
+#[test]
+fn version_and_completions() {
+    let shell = Shell::new();
+    assert_eq!(shell.json("version")["version"], env!("CARGO_PKG_VERSION"));
+    assert!(shell.ok("completions bash").contains("set-timeout"));
+    assert!(shell.ok("--help").contains("Usage: oc"));
+}

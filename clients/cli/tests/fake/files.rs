@@ -1,0 +1,194 @@
+//! Files in a map.
+
+use std::sync::{Arc, Mutex};
+
+use oc_proto::{
+    google::api::HttpBody,
+    v1::{
+        FileInfo, FileType, ListDirectoryRequest, ListDirectoryResponse, MakeDirectoryRequest,
+        MakeDirectoryResponse, ReadFileRequest, ReadFileResponse, RemoveFileRequest, RemoveFileResponse,
+        RenameFileRequest, RenameFileResponse, StatFileRequest, StatFileResponse, WriteFileRequest,
+        WriteFileResponse, file_service_server::FileService,
+    },
+};
+use tokio_stream::{Iter, iter};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::{State, refused};
+
+#[derive(Clone)]
+pub enum Entry {
+    File { content: Vec<u8>, mode: u32 },
+    Directory,
+    Link(String),
+}
+
+pub struct Files(pub Arc<Mutex<State>>);
+
+/// Absolute, without `.` and doubled slashes.
+fn normal(path: &str) -> String {
+    let path = if path.starts_with('/') { path.to_owned() } else { format!("/home/sandbox/{path}") };
+    let parts: Vec<_> = path.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+    format!("/{}", parts.join("/"))
+}
+
+fn info(path: &str, entry: &Entry) -> FileInfo {
+    let mut info = FileInfo {
+        name: path.rsplit('/').next().unwrap().to_owned(),
+        path: path.to_owned(),
+        ..FileInfo::default()
+    };
+    match entry {
+        Entry::File { content, mode } => {
+            info.set_type(FileType::File);
+            (info.size, info.mode) = (i64::try_from(content.len()).unwrap(), *mode);
+        }
+        Entry::Directory => {
+            info.set_type(FileType::Directory);
+            info.is_dir = true;
+        }
+        Entry::Link(target) => {
+            info.set_type(FileType::Symlink);
+            info.link_target.clone_from(target);
+        }
+    }
+    info
+}
+
+impl Files {
+    fn find(&self, path: &str) -> Result<(String, Entry), Status> {
+        let path = normal(path);
+        let found = self.0.lock().unwrap().files.get(&path).cloned();
+        let found = match path.as_str() {
+            "/" | "/home/sandbox" => Some(Entry::Directory),
+            _ => found,
+        };
+        found
+            .map(|entry| (path.clone(), entry))
+            .ok_or_else(|| refused(Code::NotFound, "FILE_NOT_FOUND", &format!("there is no file {path}")))
+    }
+
+    fn follow(&self, path: &str) -> Result<(String, Entry), Status> {
+        match self.find(path)? {
+            (_, Entry::Link(target)) => self.find(&target),
+            found => Ok(found),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl FileService for Files {
+    type ReadFileStream = Iter<std::vec::IntoIter<Result<ReadFileResponse, Status>>>;
+
+    async fn read_file(
+        &self,
+        request: Request<ReadFileRequest>,
+    ) -> Result<Response<Self::ReadFileStream>, Status> {
+        let path = request.into_inner().path;
+        let (path, entry) = self.follow(&path)?;
+        let Entry::File { content, .. } = &entry else {
+            return Err(refused(Code::FailedPrecondition, "NOT_A_FILE", &format!("{path} is not a file")));
+        };
+        let mut messages = vec![Ok(ReadFileResponse { info: Some(info(&path, &entry)), body: None })];
+        for part in content.chunks(512 << 10) {
+            let body = HttpBody { data: part.to_vec().into(), ..HttpBody::default() };
+            messages.push(Ok(ReadFileResponse { info: None, body: Some(body) }));
+        }
+        if path.ends_with("breaks") {
+            messages.push(Err(refused(Code::Internal, "INTERNAL", "the disk is on fire")));
+        }
+        Ok(Response::new(iter(messages)))
+    }
+
+    async fn write_file(
+        &self,
+        request: Request<Streaming<WriteFileRequest>>,
+    ) -> Result<Response<WriteFileResponse>, Status> {
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.unwrap();
+        self.0.lock().unwrap().uploads += 1;
+        let path = normal(&first.path);
+        if path.starts_with("/full") {
+            return Err(refused(Code::ResourceExhausted, "GUEST_DISK_FULL", "the disk is full"));
+        }
+        let mut content = first.body.unwrap_or_default().data.to_vec();
+        loop {
+            match messages.message().await {
+                Ok(Some(message)) => {
+                    let data = message.body.unwrap_or_default().data;
+                    assert!(data.len() <= 1 << 20, "the contract allows 1 MiB");
+                    content.extend_from_slice(&data);
+                }
+                Ok(None) => break,
+                Err(status) => {
+                    self.0.lock().unwrap().broken_uploads += 1;
+                    return Err(status);
+                }
+            }
+        }
+        let entry = Entry::File { content, mode: first.mode };
+        let info = Some(info(&path, &entry));
+        self.0.lock().unwrap().files.insert(path, entry);
+        Ok(Response::new(WriteFileResponse { info }))
+    }
+
+    async fn list_directory(
+        &self,
+        request: Request<ListDirectoryRequest>,
+    ) -> Result<Response<ListDirectoryResponse>, Status> {
+        let (path, entry) = self.follow(&request.into_inner().path)?;
+        if !matches!(entry, Entry::Directory) {
+            return Err(refused(Code::FailedPrecondition, "NOT_A_DIRECTORY", "not a directory"));
+        }
+        let below = format!("{}/", path.trim_end_matches('/'));
+        let state = self.0.lock().unwrap();
+        let entries = state.files.iter().filter_map(|(path, entry)| {
+            let name = path.strip_prefix(&below)?;
+            // A name that means harm comes as it is.
+            let direct = !name.contains('/') || name.contains("..");
+            direct.then(|| FileInfo { name: name.to_owned(), ..info(path, entry) })
+        });
+        Ok(Response::new(ListDirectoryResponse { entries: entries.collect() }))
+    }
+
+    async fn stat_file(
+        &self,
+        request: Request<StatFileRequest>,
+    ) -> Result<Response<StatFileResponse>, Status> {
+        let (path, entry) = self.find(&request.into_inner().path)?;
+        Ok(Response::new(StatFileResponse { info: Some(info(&path, &entry)) }))
+    }
+
+    async fn make_directory(
+        &self,
+        request: Request<MakeDirectoryRequest>,
+    ) -> Result<Response<MakeDirectoryResponse>, Status> {
+        self.0.lock().unwrap().files.insert(normal(&request.into_inner().path), Entry::Directory);
+        Ok(Response::new(MakeDirectoryResponse {}))
+    }
+
+    async fn remove_file(
+        &self,
+        request: Request<RemoveFileRequest>,
+    ) -> Result<Response<RemoveFileResponse>, Status> {
+        let (path, _) = self.find(&request.into_inner().path)?;
+        self.0
+            .lock()
+            .unwrap()
+            .files
+            .retain(|other, _| *other != path && !other.starts_with(&format!("{path}/")));
+        Ok(Response::new(RemoveFileResponse {}))
+    }
+
+    async fn rename_file(
+        &self,
+        request: Request<RenameFileRequest>,
+    ) -> Result<Response<RenameFileResponse>, Status> {
+        let RenameFileRequest { from, to, .. } = request.into_inner();
+        let (from, entry) = self.find(&from)?;
+        let mut state = self.0.lock().unwrap();
+        state.files.remove(&from);
+        state.files.insert(normal(&to), entry);
+        Ok(Response::new(RenameFileResponse {}))
+    }
+}

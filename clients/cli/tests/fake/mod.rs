@@ -1,0 +1,100 @@
+//! A mesh without microVMs: the public services over maps, on a port of the loopback.
+
+#![allow(dead_code, clippy::unwrap_used, reason = "shared by several tests, none of which uses all")]
+
+pub mod exec;
+pub mod files;
+pub mod sandboxes;
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use oc_proto::v1::{
+    exec_service_server::ExecServiceServer, file_service_server::FileServiceServer,
+    key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
+    sandbox_service_server::SandboxServiceServer,
+};
+use tokio::{net::TcpListener, sync::oneshot};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Code, Request, Status, service::Routes, transport::Server};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+pub use sandboxes::State;
+
+/// An error as the mesh gives it.
+pub fn refused(code: Code, reason: &str, message: &str) -> Status {
+    Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, "oc", []))
+}
+
+/// Serves until the process ends. Without a key every key will do.
+pub async fn serve(listener: TcpListener, key: Option<String>, state: Arc<Mutex<State>>) {
+    let check = move |request: Request<()>| {
+        let given = request.metadata().get("x-api-key").and_then(|value| value.to_str().ok());
+        match (given, &key) {
+            (None, _) => Err(refused(Code::Unauthenticated, "UNAUTHENTICATED", "no API key")),
+            (Some(given), Some(key)) if given != key => {
+                Err(refused(Code::PermissionDenied, "INVALID_CREDENTIALS", "wrong API key"))
+            }
+            _ => Ok(request),
+        }
+    };
+    let router = Routes::new(SandboxServiceServer::with_interceptor(
+        sandboxes::Sandboxes(Arc::clone(&state)),
+        check.clone(),
+    ))
+    .add_service(KeyServiceServer::with_interceptor(sandboxes::Sandboxes(Arc::clone(&state)), check.clone()))
+    .add_service(NodeServiceServer::with_interceptor(sandboxes::Sandboxes(Arc::clone(&state)), check.clone()))
+    .add_service(ExecServiceServer::with_interceptor(exec::Exec, check.clone()))
+    .add_service(FileServiceServer::with_interceptor(files::Files(state), check))
+    .into_axum_router()
+    .route("/readyz", axum::routing::get(async || "ready"));
+    Server::builder()
+        .accept_http1(true)
+        .add_routes(Routes::from(router))
+        .serve_with_incoming(TcpListenerStream::new(listener))
+        .await
+        .unwrap();
+}
+
+/// A mesh in this process.
+pub struct Fake {
+    pub address: SocketAddr,
+    pub state: Arc<Mutex<State>>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Fake {
+    pub fn start() -> Self {
+        let state = Arc::new(Mutex::new(State::default()));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (tell, address) = std::sync::mpsc::channel();
+        let shared = Arc::clone(&state);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                tell.send(listener.local_addr().unwrap()).unwrap();
+                tokio::select! {
+                    () = serve(listener, Some(KEY.to_owned()), shared) => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        Self { address: address.recv().unwrap(), state, stop: Some(stop), thread: Some(thread) }
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// The key that a fake mesh takes.
+pub const KEY: &str = "osb_0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
