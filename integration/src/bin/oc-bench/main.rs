@@ -1,0 +1,87 @@
+//! `make bench`: what the mesh takes, beside what the VMM alone takes, measured here and now. Prints Markdown.
+//!
+//! - [`floor`]: QEMU alone, with none of our code.
+//! - [`create`], [`calls`], [`transfer`], [`memory`], [`crowd`]: one subject each.
+//! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
+
+mod calls;
+mod create;
+mod crowd;
+mod floor;
+mod memory;
+mod table;
+mod transfer;
+
+use std::fs;
+
+use anyhow::Context as _;
+use clap::Parser;
+use oc_integration::mesh::Mesh;
+
+use self::table::Table;
+
+/// Measures this machine.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Subjects to measure; all where none is named
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "crowd"])]
+    subjects: Vec<String>,
+    /// Creates in a row of the subject `crowd`
+    #[arg(long, default_value_t = 1000)]
+    creates: usize,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let wanted =
+        |subject: &str| arguments.subjects.is_empty() || arguments.subjects.iter().any(|s| s == subject);
+    let floor = tokio::task::spawn_blocking(floor::measure).await?.context("the floor")?;
+    let mut table = Table::new(&floor);
+
+    if wanted("create") {
+        create::measure(&mut table).await.context("create")?;
+    }
+    // One mesh for what needs no particular one; its pool stays small, so that it does not disturb.
+    let mesh = Mesh::start(&["--pool-size", "4"])?;
+    table.fact(
+        "accelerator",
+        mesh.rest().get("/api/nodes").await?.json()[0]["accelerator"].as_str().unwrap_or("?"),
+    );
+    if wanted("calls") {
+        calls::measure(&mesh, &mut table).await.context("calls")?;
+    }
+    if wanted("transfer") {
+        transfer::measure(&mesh, &mut table).await.context("transfer")?;
+    }
+    if wanted("memory") {
+        memory::measure(&mesh, &mut table).await.context("memory")?;
+    }
+    mesh.stop()?;
+    if wanted("crowd") {
+        crowd::measure(&mut table, arguments.creates).await.context("crowd")?;
+    }
+    for (name, value) in machine()? {
+        table.fact(name, &value);
+    }
+    println!("{table}");
+    Ok(())
+}
+
+/// Facts that a figure depends on.
+fn machine() -> anyhow::Result<Vec<(&'static str, String)>> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");
+    let cores = std::thread::available_parallelism()?;
+    let memory = fs::read_to_string("/proc/meminfo")?;
+    let total: u64 = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok())
+        .unwrap_or_default();
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    Ok(vec![
+        ("processor", format!("{model}, {cores} cores")),
+        ("memory", format!("{} GiB", total.div_ceil(1 << 20))),
+        ("host kernel", kernel.trim().to_owned()),
+    ])
+}

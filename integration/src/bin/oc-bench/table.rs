@@ -1,0 +1,135 @@
+//! Rows of measured figures.
+
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
+
+use crate::floor::Floor;
+
+/// What was measured so far.
+#[derive(Debug)]
+pub struct Table {
+    /// What the VMM alone takes.
+    pub floor: Floor,
+    facts: Vec<(String, String)>,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug)]
+struct Row {
+    what: String,
+    measured: String,
+    target: String,
+    met: Option<bool>,
+}
+
+/// What a figure must be.
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    /// At most this.
+    Most(f64),
+    /// At least this.
+    Least(f64),
+    /// At most so many times another figure: factor, figure.
+    MostTimes(f64, f64),
+    /// At least so many times another figure: factor, figure.
+    LeastTimes(f64, f64),
+    /// Nothing in particular.
+    None,
+}
+
+impl Table {
+    /// An empty table, with the floor as its first rows.
+    pub fn new(floor: &Floor) -> Self {
+        let mut table = Self { floor: floor.clone(), facts: Vec::new(), rows: Vec::new() };
+        table.fact("vmm", &floor.version);
+        table.row("floor: cold boot to a Python process", floor.cold_boot_ms, "ms", Target::None);
+        table.row("floor: start of a clone to its first answer", floor.first_answer_ms, "ms", Target::None);
+        table.row(
+            "floor: guest to host over virtio-serial",
+            floor.guest_to_host_mib_s,
+            "MiB/s",
+            Target::None,
+        );
+        table.row("floor: memory of an idle clone (Pss)", floor.clone_pss_mib, "MiB", Target::None);
+        table
+    }
+
+    /// Adds a fact about the machine.
+    pub fn fact(&mut self, name: &str, value: &str) {
+        self.facts.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Adds a figure.
+    pub fn row(&mut self, what: &str, value: f64, unit: &str, target: Target) {
+        let (target, met) = match target {
+            Target::Most(most) => (format!("≤ {}", number(most)), Some(value <= most)),
+            Target::Least(least) => (format!("≥ {}", number(least)), Some(value >= least)),
+            Target::MostTimes(factor, of) => {
+                (format!("≤ {factor} × floor; is {:.2} ×", value / of), Some(value <= factor * of))
+            }
+            Target::LeastTimes(factor, of) => {
+                (format!("≥ {factor} × floor; is {:.2} ×", value / of), Some(value >= factor * of))
+            }
+            Target::None => (String::new(), None),
+        };
+        let measured = format!("{} {unit}", number(value));
+        eprintln!("{what}: {measured} {target}");
+        self.rows.push(Row { what: what.to_owned(), measured, target, met });
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let facts: Vec<_> = self.facts.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+        writeln!(formatter, "{}\n", facts.join(" · "))?;
+        writeln!(formatter, "| what | measured | target | met |\n| --- | ---: | --- | --- |")?;
+        for row in &self.rows {
+            let met = row.met.map_or("", |met| if met { "yes" } else { "**no**" });
+            writeln!(formatter, "| {} | {} | {} | {met} |", row.what, row.measured, row.target)?;
+        }
+        Ok(())
+    }
+}
+
+fn number(value: f64) -> String {
+    if value.fract() == 0.0 || value >= 100.0 { format!("{value:.0}") } else { format!("{value:.1}") }
+}
+
+/// Milliseconds since then.
+pub fn ms_since(begun: Instant) -> f64 {
+    ms(begun.elapsed())
+}
+
+/// Milliseconds.
+pub fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// The figure that `share` of all figures do not exceed; 0 of none.
+pub fn quantile(figures: &[f64], share: f64) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    // A share of a count: small, and not negative.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+    let at = (share * (sorted.len().saturating_sub(1)) as f64).round() as usize;
+    sorted.get(at).copied().unwrap_or_default()
+}
+
+/// The median.
+pub fn median(figures: &[f64]) -> f64 {
+    quantile(figures, 0.5)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_is_the_middle() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(quantile(&[5.0, 1.0, 4.0, 2.0, 3.0], 1.0), 5.0);
+        assert_eq!(median(&[]), 0.0);
+    }
+}

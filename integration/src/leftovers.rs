@@ -1,0 +1,61 @@
+//! What a mesh that was stopped has left on this machine: nothing but its state directory's records, logs and key.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::processes;
+
+/// What stays after a stop (clients/cli/src/up/layout.rs).
+const STAYS: [&str; 3] = ["api-key", "log", "agent"];
+
+/// Names everything of the mesh in `state` with the host `host_id` that should not be there any more.
+///
+/// # Errors
+///
+/// If this machine cannot be searched.
+pub fn of(state: &Path, host_id: &str) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    let text = state.display().to_string();
+    for process in processes::naming(&text) {
+        found.push(format!("process {}: {}", process.pid, process.command.join(" ")));
+    }
+    for line in fs::read_to_string("/proc/self/mountinfo")?.lines().filter(|line| line.contains(&text)) {
+        found.push(format!("mount {line}"));
+    }
+    found.extend(cgroups(host_id)?.into_iter().map(|dir| format!("cgroup {}", dir.display())));
+    for name in names(state)? {
+        if !STAYS.contains(&name.as_str()) && !name.starts_with("store.db") {
+            found.push(format!("file {name}"));
+        }
+    }
+    for place in ["agent/vms", "agent/journal"] {
+        found.extend(names(&state.join(place))?.into_iter().map(|name| format!("file {place}/{name}")));
+    }
+    Ok(found)
+}
+
+/// Control groups of a host's agent, in every tree.
+fn cgroups(host_id: &str) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let root = Path::new("/sys/fs/cgroup");
+    let trees = names(root)?.into_iter().map(|name| root.join(name)).chain([root.to_owned()]);
+    for parent in trees.map(|tree| tree.join("opencomputer")) {
+        for name in names(&parent)?.into_iter().filter(|name| name.starts_with(&format!("{host_id}-"))) {
+            found.push(parent.join(name));
+        }
+    }
+    Ok(found)
+}
+
+/// What is in a directory; nothing if there is none.
+fn names(directory: &Path) -> io::Result<Vec<String>> {
+    match fs::read_dir(directory) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect(),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(Vec::new())
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,47 @@
+//! Processes of this machine, by what `/proc` says of them.
+
+use std::{fs, path::Path};
+
+/// A process and its command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its ID.
+    pub pid: i32,
+    /// Its words.
+    pub command: Vec<String>,
+}
+
+/// Every process with `text` somewhere on its command line, but for the caller.
+pub fn naming(text: &str) -> Vec<Process> {
+    let ours = i32::try_from(std::process::id()).unwrap_or_default();
+    all()
+        .into_iter()
+        .filter(|process| process.pid != ours && process.command.join(" ").contains(text))
+        .collect()
+}
+
+fn all() -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let line = fs::read_to_string(entry.path().join("cmdline")).ok()?;
+            let command: Vec<String> = line.split_terminator('\0').map(str::to_owned).collect();
+            // An empty one is a kernel thread's, or of a process that only waits to be collected.
+            (!command.is_empty()).then_some(Process { pid, command })
+        })
+        .collect()
+}
+
+/// The microVMs that run in a state directory.
+pub fn vmms(state: &Path) -> Vec<Process> {
+    let homes = state.join("agent/vms").display().to_string();
+    naming(&homes).into_iter().filter(|process| process.command[0].contains("qemu")).collect()
+}
+
+/// A number of `/proc/PID/smaps_rollup` or `/proc/PID/status`, KiB; none if the process has gone.
+pub fn memory_kib(pid: i32, file: &str, field: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    line.trim_start_matches(':').split_whitespace().next()?.parse().ok()
+}

@@ -1,0 +1,28 @@
+//! What becomes of sandboxes when something dies, at the worst moment, or fills up. Each test has a mesh of its own.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
+
+mod chaos;
+mod disk;
+mod etcd;
+mod killed;
+
+use std::process::ExitCode;
+
+use oc_integration::suite;
+
+fn main() -> ExitCode {
+    let suite = suite! {
+        killed:
+            a_killed_vmm_fails_its_sandbox_alone,
+            a_sandbox_outlives_every_service,
+            a_sandbox_outlives_its_supervisor,
+            a_call_that_is_cut_off_says_so;
+        chaos:
+            a_hundred_creates_among_kills_leave_only_what_works;
+        disk:
+            a_full_host_takes_no_more_and_loses_nothing;
+        etcd:
+            a_mesh_on_etcd_outlives_its_server;
+    };
+    suite.one_at_a_time().run(|| Ok(()), Ok)
+}

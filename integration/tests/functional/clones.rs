@@ -1,0 +1,72 @@
+//! Sandboxes are clones of one snapshot, and must not show it.
+
+use std::{
+    collections::HashSet,
+    net::TcpListener,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use oc_integration::mesh::Mesh;
+use serde_json::json;
+
+pub async fn clones_are_strangers_to_each_other(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+    // Of the pool, and more than the pool holds: both ways to make a clone.
+    let mut sandboxes = Vec::new();
+    for _ in 0..4 {
+        sandboxes.push(mesh.rest().create(json!({})).await?);
+    }
+    let mut seen = HashSet::new();
+    for sandbox in &sandboxes {
+        for secret in [
+            "cat /etc/machine-id",
+            "head -c 16 /dev/urandom | od -An -tx1",
+            "python3 -c 'import os; print(os.getrandom(16).hex())'",
+            "python3 -c 'import uuid; print(uuid.uuid4())'",
+            "cat /proc/sys/kernel/random/uuid",
+        ] {
+            let value = sandbox.run(secret).await?;
+            assert!(value.trim().len() >= 32, "{secret}: {value}");
+            assert!(seen.insert(value.clone()), "two clones have the same {secret}: {value}");
+        }
+        // What one writes, no other sees.
+        assert_eq!(sandbox.run("ls -A /var/tmp").await?, "");
+        sandbox.run("echo mine > /var/tmp/secret; sudo sh -c 'echo changed >> /etc/hosts'").await?;
+    }
+    for sandbox in sandboxes {
+        assert_eq!(sandbox.run("grep -c changed /etc/hosts").await?, "1\n");
+        sandbox.delete().await?;
+    }
+    Ok(())
+}
+
+pub async fn a_clone_knows_the_time(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+    let sandbox = mesh.rest().create(json!({})).await?;
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    let before = now();
+    let guest: f64 = sandbox.run("date +%s.%N").await?.trim().parse()?;
+    let after = now();
+    // Between question and answer, give or take what a clock may be off.
+    assert!((before - 0.5..=after + 0.5).contains(&guest), "{guest} is not between {before} and {after}");
+    sandbox.delete().await
+}
+
+pub async fn a_sandbox_reaches_no_other_and_no_host(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+    let listener = TcpListener::bind("0.0.0.0:0")?;
+    let port = listener.local_addr()?.port();
+    let sandbox = mesh.rest().create(json!({})).await?;
+    assert_eq!(sandbox.run("ls /sys/class/net").await?, "lo\n", "it has no network but its own");
+    let gateway = mesh.url.rsplit(':').next().unwrap();
+    for address in [
+        format!("127.0.0.1 {port}"),
+        format!("10.0.2.2 {port}"),
+        format!("127.0.0.1 {gateway}"),
+        "169.254.169.254 80".into(),
+    ] {
+        let (host, port) = address.split_once(' ').unwrap();
+        let script =
+            format!("timeout 3 bash -c '</dev/tcp/{host}/{port}' 2>/dev/null && echo open || echo shut");
+        assert_eq!(sandbox.run(&script).await?, "shut\n", "{address}");
+    }
+    sandbox.delete().await
+}

@@ -1,0 +1,62 @@
+//! What one mesh does for its users, by every way in, on real microVMs.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
+
+mod clients;
+mod clones;
+mod commands;
+mod files;
+mod host;
+mod main_job;
+mod refusals;
+mod tenants;
+
+use std::process::ExitCode;
+
+use oc_integration::{mesh::Mesh, suite};
+
+fn main() -> ExitCode {
+    let suite = suite! {
+        main_job:
+            the_main_job_is_done_from_create_to_delete,
+            a_token_is_enough_for_its_sandbox,
+            an_idle_sandbox_ends_by_itself,
+            every_size_boots_and_has_what_it_says;
+        commands:
+            a_command_has_what_it_was_given,
+            a_command_ends_as_it_ends,
+            a_timeout_kills_the_commands_group_alone,
+            what_a_command_leaves_running_runs_on,
+            output_is_exact_and_bounded,
+            a_long_command_keeps_its_client_waiting,
+            many_commands_run_at_once,
+            the_first_process_survives_what_is_done_to_it;
+        files:
+            a_file_comes_back_as_it_went,
+            a_large_file_streams_through_small_processes,
+            readers_that_stand_still_hold_up_nobody,
+            a_broken_upload_leaves_what_was_there,
+            directories_are_made_listed_moved_and_removed,
+            a_full_disk_is_told_and_is_left;
+        clones:
+            clones_are_strangers_to_each_other,
+            a_clone_knows_the_time,
+            a_sandbox_reaches_no_other_and_no_host;
+        refusals:
+            bad_creates_are_refused,
+            bad_commands_are_refused,
+            bad_paths_are_refused,
+            bad_requests_are_refused,
+            bad_credentials_are_refused;
+        tenants:
+            another_tenants_sandbox_is_not_there,
+            a_revoked_key_opens_nothing;
+        clients:
+            the_published_python_client_works_unmodified,
+            oc_does_the_main_job,
+            a_grpc_client_needs_no_proto_files;
+        host:
+            a_vmm_is_nobody_and_bounded,
+            nothing_secret_is_logged;
+    };
+    suite.run(|| Mesh::start(&["--pool-size", "2"]), Mesh::stop)
+}
