@@ -71,6 +71,14 @@ reasons! {
     SandboxFailed = "SANDBOX_FAILED", NotFound, 410;
     /// The sandbox is not running yet; try again.
     SandboxNotReady = "SANDBOX_NOT_READY", Unavailable, 503;
+    /// The sandbox is hibernated; it wakes for the next call.
+    SandboxHibernated = "SANDBOX_HIBERNATED", Unavailable, 503;
+    /// The sandbox was hibernated amid the call; what had begun may not be done.
+    Interrupted = "INTERRUPTED", Aborted, 409;
+    /// The sandbox is waking; try again.
+    SandboxWaking = "SANDBOX_WAKING", Unavailable, 503;
+    /// The sandbox could not be hibernated and runs on.
+    HibernationFailed = "HIBERNATION_FAILED", Internal, 500;
     /// The command was not found.
     CommandNotFound = "COMMAND_NOT_FOUND", NotFound, 400;
     /// The command may not be executed.
