@@ -60,6 +60,22 @@ pub trait Instance: Debug + Send + Sync + 'static {
     /// Boots `kind`. Its guest answers then.
     async fn boot(&mut self, kind: &Kind) -> Result<(), MakeError>;
 
+    /// Stores the memory and devices of a VM that runs, beside its disk; `is_quiet` says whether its guest has written
+    /// everything back to it. It is paused then, and still there. Returns what that takes, bytes.
+    async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError>;
+
+    /// Ends a VM that is stored; its disk and what is stored stay. May be repeated.
+    async fn release(&mut self) -> Result<(), MakeError>;
+
+    /// Starts a VM where it was when it was stored. It is paused then. [`MakeError::Unusable`] if its memory is no good.
+    async fn restore_stored(&mut self, kind: &Kind) -> Result<(), MakeError>;
+
+    /// Boots a VM from its disk as it is. Its guest answers then.
+    async fn boot_stored(&mut self, kind: &Kind) -> Result<(), MakeError>;
+
+    /// Removes what is stored of its memory, which a VM that has gone on makes worthless.
+    async fn forget_stored(&mut self) -> Result<(), MakeError>;
+
     /// Takes over the process that an earlier agent started. `false` if it is gone.
     async fn adopt(&mut self) -> Result<bool, MakeError>;
 

@@ -64,6 +64,15 @@ impl Limits {
         if room.memory_mb < self.memory_reserve_mb {
             return Err(Full::Memory { available_mb: room.memory_mb, reserve_mb: self.memory_reserve_mb });
         }
+        self.admit_to_disk(room)
+    }
+
+    /// Whether one sandbox more may be stored.
+    ///
+    /// # Errors
+    ///
+    /// [`Full::Disk`].
+    pub fn admit_to_disk(&self, room: Room) -> Result<(), Full> {
         if room.disk_mb < self.disk_reserve_mb {
             return Err(Full::Disk { free_mb: room.disk_mb, reserve_mb: self.disk_reserve_mb });
         }

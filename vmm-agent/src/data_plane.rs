@@ -29,7 +29,7 @@ use tower::Service;
 
 use crate::{
     host::Host,
-    rpc::{parse_sandbox, vm_status},
+    rpc::{parse_sandbox, unknown, vm_status},
     vm::{
         decide::Phase,
         task::{Vm, VmError},
@@ -94,9 +94,7 @@ async fn pass(host: &Host, request: Request<Body>) -> Result<Response<Body>, Sta
             status(Reason::InvalidArgument, format!("metadata {SANDBOX_ID_HEADER} is missing"))
         })?;
     let sandbox = parse_sandbox(sandbox)?;
-    let Some(vm) = host.find(&sandbox) else {
-        return Err(status(Reason::SandboxNotFound, format!("there is no sandbox {sandbox} on this host")));
-    };
+    let vm = host.find(&sandbox).ok_or_else(|| unknown(&sandbox))?;
     let (guest, call) = vm.open_call().map_err(|error| match error {
         VmError::Denied(_) => status(Reason::SandboxDeleted, format!("sandbox {sandbox} is deleted")),
         error => vm_status(&error),
@@ -119,6 +117,9 @@ async fn stopped(vm: Vm) -> Status {
         Phase::Failed => {
             let failure = state.failure.as_deref().unwrap_or("unknown").to_owned();
             vm_status(&VmError::Lost(failure.into()))
+        }
+        Phase::Hibernating | Phase::Hibernated | Phase::Waking => {
+            status(Reason::Interrupted, format!("sandbox {sandbox} was hibernated meanwhile"))
         }
         _ => status(Reason::SandboxDeleted, format!("sandbox {sandbox} was deleted")),
     }

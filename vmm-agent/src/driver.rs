@@ -5,6 +5,7 @@
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
 //! - [`guest_link`]: the way to a guest.
+//! - [`pages`], [`stored`]: what a VM changed of its memory, and a VM that waits on disk.
 //! - [`instance`]: all of it as the lifecycle uses it.
 //! - [`durable`]: files that are whole or not there.
 //!
@@ -20,10 +21,12 @@ pub mod home;
 pub mod initramfs;
 pub mod instance;
 pub mod layer;
+pub mod pages;
 pub mod parts;
 pub mod process;
 pub mod qemu;
 pub mod running;
+pub mod stored;
 pub mod template;
 pub mod vmm;
 

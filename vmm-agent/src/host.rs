@@ -55,6 +55,8 @@ pub struct Listed {
     pub failure: Option<Arc<str>>,
     /// When it was last used.
     pub active_at: SystemTime,
+    /// What its memory and devices take while it is stored, bytes.
+    pub stored_bytes: u64,
 }
 
 impl Host {
@@ -97,7 +99,7 @@ impl Host {
                 {
                     return Err(Denied::StaleEpoch { given: owner.epoch, held }.into());
                 }
-                self.admit(vms.len())?;
+                self.admit(awake(&vms))?;
                 None
             }
         };
@@ -157,6 +159,54 @@ impl Host {
         Ok(())
     }
 
+    /// Stores a sandbox's VM and waits until only what is stored is left of it. Returns what that takes, bytes; `None` if
+    /// there is no such VM.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`] says why it is not stored.
+    pub async fn hibernate(
+        &self,
+        sandbox: &SandboxId,
+        epoch: Epoch,
+        idle_since: Option<SystemTime>,
+    ) -> Result<Option<u64>, VmError> {
+        let Some(vm) = self.find(sandbox) else { return Ok(None) };
+        if vm.status().phase == Phase::Running {
+            self.admit_to_disk()?;
+        }
+        vm.hibernate(epoch, idle_since).await.map(Some)
+    }
+
+    /// Makes a sandbox's stored VM run again and waits until its guest has answered. `None` if there is no such VM.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`] says why it does not run.
+    pub async fn wake(
+        &self,
+        sandbox: &SandboxId,
+        epoch: Epoch,
+        order: &Order,
+    ) -> Result<Option<StartPath>, VmError> {
+        let Some(vm) = self.find(sandbox) else { return Ok(None) };
+        if vm.status().phase == Phase::Hibernated {
+            let awake = awake(&self.0.vms.lock());
+            self.admit(awake)?;
+        }
+        vm.wake(epoch, order).await.map(Some)
+    }
+
+    fn admit_to_disk(&self) -> Result<(), StartError> {
+        match capacity::measure(self.0.workshop.data_dir()) {
+            Ok(room) => Ok(self.0.limits.admit_to_disk(room)?),
+            Err(error) => {
+                warn!(%error, "cannot measure the host; storing all the same");
+                Ok(())
+            }
+        }
+    }
+
     fn find_or_bury(&self, sandbox: &SandboxId, epoch: Epoch) -> Option<Vm> {
         let vms = self.0.vms.lock();
         let vm = vms.get(sandbox).cloned();
@@ -190,6 +240,7 @@ impl Host {
                     phase: status.phase,
                     failure: status.failure,
                     active_at: vm.last_used(now),
+                    stored_bytes: status.stored_bytes,
                 }
             })
             .filter(|listed| listed.phase != Phase::Gone)
@@ -206,4 +257,9 @@ impl Host {
             info!("let go of every VM");
         }
     }
+}
+
+/// VMs that take more of the host than disk.
+fn awake(vms: &HashMap<SandboxId, Vm>) -> usize {
+    vms.values().filter(|vm| vm.status().phase != Phase::Hibernated).count()
 }

@@ -2,7 +2,9 @@
 //!
 //! ```text
 //! making ──▶ pooled ──▶ claimed ──▶ running ──▶ deleting
-//!    └─────────────────▶ claimed         └──▶ failed ──▶ deleting
+//!    └─────────────────▶ claimed      │ ▲└──▶ failed ──▶ deleting
+//!                                     ▼ │
+//!                                  hibernated ──▶ deleting
 //! ```
 //!
 //! One record per VM, in a directory that only the agent can write: a VM's home belongs to the user that its VMM
@@ -10,7 +12,8 @@
 //!
 //! The record is replaced whole (a new file renamed over the old one), so a reader finds one stage or the next.
 //! It is not fsynced: it has to survive the agent, and a crash of the machine ends every VM that it speaks of,
-//! which the boot ID in it tells. After a crash of the agent, [`Record::recovery`] says what start-up makes of
+//! which the boot ID in it tells. Only a VM that is stored survives the machine: that it is, and that it is no more, is
+//! on disk before anything follows from it ([`Journal::enter_for_good`]). After a crash of the agent, [`Record::recovery`] says what start-up makes of
 //! each stage: what no caller was told of is undone, what one was told of goes on.
 
 use std::{
@@ -58,6 +61,10 @@ pub enum StartPath {
     Clone,
     /// Booted.
     Cold,
+    /// Went on from its stored memory.
+    Memory,
+    /// Booted from its stored disk.
+    Disk,
 }
 
 impl StartPath {
@@ -67,6 +74,8 @@ impl StartPath {
             Self::Warm => "warm",
             Self::Clone => "clone",
             Self::Cold => "cold",
+            Self::Memory => "memory",
+            Self::Disk => "disk",
         }
     }
 }
@@ -89,6 +98,16 @@ pub enum Stage {
         /// How it was started.
         path: StartPath,
     },
+    /// It is stored, and has no process.
+    Hibernated {
+        /// Its sandbox.
+        #[serde(flatten)]
+        owner: Owner,
+        /// How it was started.
+        path: StartPath,
+        /// What its memory and devices take, bytes.
+        stored_bytes: u64,
+    },
     /// It ran and was lost; its sandbox is shown as failed until it is deleted.
     Failed {
         /// Its sandbox.
@@ -110,6 +129,8 @@ pub enum Recovery {
     FinishDelete(Owner),
     /// Take it over; if its process is gone it has failed.
     Adopt(Owner, StartPath),
+    /// End what is left of its process, and keep what is stored.
+    KeepStored(Owner, StartPath, u64),
     /// Go on showing that it failed.
     KeepFailed(Owner, String),
 }
@@ -117,11 +138,14 @@ pub enum Recovery {
 impl Record {
     /// Decides what becomes of the VM when the agent starts on the boot called `boot_id`.
     ///
-    /// A VM of another boot has no process, and its socket, cgroup and clone of the memory are void: whatever
+    /// One that is stored needs nothing of a boot. Any other VM of another boot has no process, and its socket, cgroup and clone of the memory are void: whatever
     /// it was, it is removed; the scheduler learns from the missing sandbox that it is lost.
     pub fn recovery(self, boot_id: &str) -> Recovery {
         match self.stage {
             Stage::Deleting(owner) => Recovery::FinishDelete(owner),
+            Stage::Hibernated { owner, path, stored_bytes } => {
+                Recovery::KeepStored(owner, path, stored_bytes)
+            }
             _ if self.boot_id != boot_id => Recovery::Remove,
             Stage::Making | Stage::Pooled | Stage::Claimed(_) => Recovery::Remove,
             Stage::Running { owner, path } => Recovery::Adopt(owner, path),
@@ -167,6 +191,27 @@ impl Journal {
         let new = self.dir.join(format!("{vm}{NEW_SUFFIX}"));
         fs::write(&new, text)?;
         fs::rename(new, self.path(vm))
+    }
+
+    /// As [`Journal::enter`], and on disk when this returns.
+    ///
+    /// # Errors
+    ///
+    /// As there: what was written before still stands, on disk too.
+    pub fn enter_for_good(&self, vm: &str, stage: Stage) -> io::Result<()> {
+        let record = Record { boot_id: self.boot_id.clone(), stage };
+        let text = serde_json::to_vec(&record)?;
+        let new = self.dir.join(format!("{vm}{NEW_SUFFIX}"));
+        let mut file = fs::File::create(&new)?;
+        io::Write::write_all(&mut file, &text)?;
+        file.sync_all()?;
+        let directory = fs::File::open(&self.dir)?;
+        fs::rename(new, self.path(vm))?;
+        if let Err(error) = directory.sync_all() {
+            // It stands, and whoever is told otherwise would act against it. A disk that fails here fails everywhere.
+            tracing::error!(vm, %error, "the journal's directory cannot be synced");
+        }
+        Ok(())
     }
 
     /// Reads what was written last of `vm`. `None` if nothing was, or nothing that this version understands:
@@ -242,6 +287,7 @@ mod tests {
             Stage::Running { owner: owner(), path: StartPath::Warm },
             Stage::Failed { owner: owner(), reason: "it burnt".into() },
             Stage::Deleting(owner()),
+            Stage::Hibernated { owner: owner(), path: StartPath::Clone, stored_bytes: 5 },
         ]
     }
 
@@ -252,6 +298,7 @@ mod tests {
         assert_eq!(journal.read("vm").unwrap(), None);
         for stage in stages() {
             journal.enter("vm", stage.clone()).unwrap();
+            journal.enter_for_good("vm", stage.clone()).unwrap();
             assert_eq!(journal.read("vm").unwrap(), Some(Record { boot_id: "boot".into(), stage }));
         }
         journal.forget("vm").unwrap();
@@ -290,6 +337,7 @@ mod tests {
             Recovery::Adopt(owner(), StartPath::Warm),
             Recovery::KeepFailed(owner(), "it burnt".into()),
             Recovery::FinishDelete(owner()),
+            Recovery::KeepStored(owner(), StartPath::Clone, 5),
         ];
         for (stage, expected) in stages().into_iter().zip(expected) {
             assert_eq!(Record { boot_id: "now".into(), stage }.recovery("now"), expected);
@@ -297,10 +345,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_another_boot_goes_on() {
+    fn of_another_boot_only_what_is_stored_goes_on() {
         for stage in stages() {
+            let is_stored = matches!(stage, Stage::Hibernated { .. });
             let recovery = Record { boot_id: "before".into(), stage }.recovery("now");
-            assert!(matches!(recovery, Recovery::Remove | Recovery::FinishDelete(_)));
+            match recovery {
+                Recovery::KeepStored(..) => assert!(is_stored),
+                other => {
+                    assert!(!is_stored && matches!(other, Recovery::Remove | Recovery::FinishDelete(_)));
+                }
+            }
         }
     }
 }

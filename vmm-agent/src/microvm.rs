@@ -3,8 +3,10 @@
 use std::{collections::HashMap, fmt, io, time::Duration};
 
 use futures_util::future::BoxFuture;
-use oc_proto::mesh::{ActivateRequest, guest_service_client::GuestServiceClient};
-use tokio::time::sleep;
+use oc_proto::mesh::{
+    ActivateRequest, QuiesceRequest, WakeRequest, guest_service_client::GuestServiceClient,
+};
+use tokio::time::{sleep, timeout};
 use tonic::Status;
 use tracing::{error, warn};
 
@@ -18,6 +20,10 @@ use crate::{
 const HOSTNAME: &str = "sandbox";
 /// Bytes of the host's entropy that a clone gets; the guest wants 32 at least.
 const ENTROPY: usize = 64;
+/// How long a guest may take to write everything back.
+const QUIET_WITHIN: Duration = Duration::from_secs(10);
+/// A guest that nobody wakes thaws by itself after this, in its own time, which stands still while it is stored.
+const FROZEN_FOR: Duration = Duration::from_secs(8);
 /// A process that was killed may take a moment to let go of its cgroup and files.
 const REMOVE_ATTEMPTS: u32 = 6;
 
@@ -67,6 +73,9 @@ pub enum MakeError {
     /// This host is told to make no golden snapshots.
     #[error("golden snapshots are off on this host")]
     SnapshotsOff,
+    /// What is stored of its memory is no good; its disk may be.
+    #[error("its stored memory cannot be used: {0}")]
+    Unusable(String),
     /// It took too long.
     #[error("not done in time")]
     Late,
@@ -106,6 +115,17 @@ impl MicroVm {
     /// [`MakeError::Journal`]: then it must not be announced.
     pub fn enter(&self, stage: Stage) -> Result<(), MakeError> {
         Ok(self.journal.enter(&self.id, stage)?)
+    }
+
+    /// As [`MicroVm::enter`], and on disk when this returns: what follows survives the machine.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::Journal`]: then it must not be announced.
+    pub async fn enter_for_good(&self, stage: Stage) -> Result<(), MakeError> {
+        let (journal, id) = (self.journal.clone(), self.id.clone());
+        let entered = tokio::task::spawn_blocking(move || journal.enter_for_good(&id, stage)).await;
+        Ok(entered.unwrap_or_else(|panic| Err(io::Error::other(panic)))?)
     }
 
     /// Writes down what is so already. A failure is only logged: start-up comes to the same by other evidence.
@@ -156,23 +176,51 @@ impl MicroVm {
         if identity.disk_mb > 0 {
             self.instance.grow_disk(identity.disk_mb).await?;
         }
-        let mut entropy = vec![0; ENTROPY];
-        getrandom::fill(&mut entropy).map_err(|error| MakeError::Backend(error.to_string()))?;
-        let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
         let request = ActivateRequest {
-            // Fits until the year 2262.
-            unix_time_ns: i64::try_from(now.as_nanos()).unwrap_or(i64::MAX),
-            entropy,
+            unix_time_ns: unix_time_ns(),
+            entropy: entropy()?,
             hostname: HOSTNAME.to_owned(),
             sandbox_id: identity.sandbox_id,
             envs: identity.envs,
             disk_mb: i32::try_from(identity.disk_mb).unwrap_or(i32::MAX),
         };
-        let guest = self.guest().ok_or_else(|| MakeError::Backend("it has no link to its guest".into()))?;
-        telemetry::step("activate", GuestServiceClient::new(guest).activate(request))
+        telemetry::step("activate", self.guest_service()?.activate(request))
             .await
             .map_err(|status| MakeError::Guest(Box::new(status)))?;
         Ok(())
+    }
+
+    /// Tells a guest that was away what time it is, gives it entropy, and thaws it. The guest has answered then.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] if it does not, or refuses.
+    pub async fn wake_guest(&self) -> Result<(), MakeError> {
+        let request = WakeRequest { unix_time_ns: unix_time_ns(), entropy: entropy()? };
+        telemetry::step("wake", self.guest_service()?.wake(request))
+            .await
+            .map_err(|status| MakeError::Guest(Box::new(status)))?;
+        Ok(())
+    }
+
+    /// Makes the guest write everything back and stand still, for [`FROZEN_FOR`] at most.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] if it does not.
+    pub async fn quiesce(&self) -> Result<(), MakeError> {
+        let frozen_for = i32::try_from(FROZEN_FOR.as_millis()).unwrap_or(i32::MAX);
+        let request = QuiesceRequest { thaw_after_ms: frozen_for };
+        let mut guest = self.guest_service()?;
+        match timeout(QUIET_WITHIN, telemetry::step("quiesce", guest.quiesce(request))).await {
+            Ok(answer) => answer.map(drop).map_err(|status| MakeError::Guest(Box::new(status))),
+            Err(_) => Err(MakeError::Late),
+        }
+    }
+
+    fn guest_service(&self) -> Result<GuestServiceClient<Guest>, MakeError> {
+        let guest = self.guest().ok_or_else(|| MakeError::Backend("it has no link to its guest".into()))?;
+        Ok(GuestServiceClient::new(guest))
     }
 
     /// Completes when its process has ended.
@@ -211,4 +259,16 @@ impl MicroVm {
     pub fn console_tail(&self) -> String {
         self.instance.console_tail()
     }
+}
+
+/// The wall clock, nanoseconds since 1970; fits until the year 2262.
+fn unix_time_ns() -> i64 {
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+}
+
+fn entropy() -> Result<Vec<u8>, MakeError> {
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|error| MakeError::Backend(error.to_string()))?;
+    Ok(entropy)
 }

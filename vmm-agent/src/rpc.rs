@@ -1,11 +1,12 @@
 //! `oc.mesh.v1.AgentService`: what the scheduler asks of this host. Parses, asks the [`Host`], and answers.
 
-use std::time::SystemTime;
+use std::{collections::HashMap, time::SystemTime};
 
 use oc_mesh::error::{Reason, status};
 use oc_proto::mesh::{
-    self, CreateVmRequest, CreateVmResponse, DeleteVmRequest, DeleteVmResponse, ListVmsRequest,
-    ListVmsResponse, VmState, agent_service_server::AgentService,
+    self, CreateVmRequest, CreateVmResponse, DeleteVmRequest, DeleteVmResponse, HibernateVmRequest,
+    HibernateVmResponse, ListVmsRequest, ListVmsResponse, VmSize, VmState, WakeVmRequest, WakeVmResponse,
+    agent_service_server::AgentService,
 };
 use tonic::{Request, Response, Status};
 
@@ -49,16 +50,35 @@ impl AgentService for AgentRpc {
         let request = request.into_inner();
         let sandbox = parse_sandbox(&request.sandbox_id)?;
         let owner = Owner { sandbox, epoch: Epoch(request.epoch) };
-        let order = parse_order(request)?;
+        let order = parse_order(request.template_id, request.size, request.envs)?;
         let path = self.host.create(owner, order).await.map_err(|error| vm_status(&error))?;
-        let start_path = match path {
-            StartPath::Warm => mesh::StartPath::Warm,
-            StartPath::Clone => mesh::StartPath::Clone,
-            StartPath::Cold => mesh::StartPath::Cold,
-        };
         Ok(Response::new(CreateVmResponse {
             accelerator: self.accelerator.clone(),
-            start_path: start_path.into(),
+            start_path: start_path(path).into(),
+        }))
+    }
+
+    async fn hibernate_vm(
+        &self,
+        request: Request<HibernateVmRequest>,
+    ) -> Result<Response<HibernateVmResponse>, Status> {
+        let request = request.into_inner();
+        let sandbox = parse_sandbox(&request.sandbox_id)?;
+        let idle_since = parse_idle_since(request.if_idle_since)?;
+        let stored = self.host.hibernate(&sandbox, Epoch(request.epoch), idle_since).await;
+        let stored = stored.map_err(|error| vm_status(&error))?.ok_or_else(|| unknown(&sandbox))?;
+        Ok(Response::new(HibernateVmResponse { stored_bytes: i64::try_from(stored).unwrap_or(i64::MAX) }))
+    }
+
+    async fn wake_vm(&self, request: Request<WakeVmRequest>) -> Result<Response<WakeVmResponse>, Status> {
+        let request = request.into_inner();
+        let sandbox = parse_sandbox(&request.sandbox_id)?;
+        let order = parse_order(request.template_id, request.size, request.envs)?;
+        let path = self.host.wake(&sandbox, Epoch(request.epoch), &order).await;
+        let path = path.map_err(|error| vm_status(&error))?.ok_or_else(|| unknown(&sandbox))?;
+        Ok(Response::new(WakeVmResponse {
+            accelerator: self.accelerator.clone(),
+            start_path: start_path(path).into(),
         }))
     }
 
@@ -68,11 +88,7 @@ impl AgentService for AgentRpc {
     ) -> Result<Response<DeleteVmResponse>, Status> {
         let request = request.into_inner();
         let sandbox = parse_sandbox(&request.sandbox_id)?;
-        let idle_since = request
-            .if_idle_since
-            .map(SystemTime::try_from)
-            .transpose()
-            .map_err(|_| status(Reason::InvalidArgument, "if_idle_since is no time"))?;
+        let idle_since = parse_idle_since(request.if_idle_since)?;
         self.host
             .delete(&sandbox, Epoch(request.epoch), idle_since)
             .await
@@ -90,7 +106,9 @@ impl AgentService for AgentRpc {
 fn listed(vm: Listed) -> Option<mesh::Vm> {
     let state = match vm.phase {
         Phase::Starting => VmState::Starting,
-        Phase::Running => VmState::Running,
+        // Until it is stored it may go on.
+        Phase::Running | Phase::Hibernating => VmState::Running,
+        Phase::Hibernated | Phase::Waking => VmState::Hibernated,
         Phase::Failed => VmState::Failed,
         Phase::Deleting | Phase::Gone => return None,
     };
@@ -100,6 +118,7 @@ fn listed(vm: Listed) -> Option<mesh::Vm> {
         state: state.into(),
         failure: vm.failure.map(|reason| reason.to_string()).unwrap_or_default(),
         active_at: Some(vm.active_at.into()),
+        stored_bytes: i64::try_from(vm.stored_bytes).unwrap_or(i64::MAX),
     })
 }
 
@@ -112,25 +131,50 @@ pub(crate) fn parse_sandbox(text: &str) -> Result<SandboxId, Status> {
     SandboxId::parse(text).map_err(|error| status(Reason::InvalidArgument, error.to_string()))
 }
 
-fn parse_order(request: CreateVmRequest) -> Result<Order, Status> {
-    let size = request.size.unwrap_or_default();
+fn parse_idle_since(time: Option<prost_types::Timestamp>) -> Result<Option<SystemTime>, Status> {
+    time.map(SystemTime::try_from)
+        .transpose()
+        .map_err(|_| status(Reason::InvalidArgument, "if_idle_since is no time"))
+}
+
+/// What a caller is told of a sandbox that is not on this host.
+pub(crate) fn unknown(sandbox: &SandboxId) -> Status {
+    status(Reason::SandboxNotFound, format!("there is no sandbox {sandbox} on this host"))
+}
+
+fn start_path(path: StartPath) -> mesh::StartPath {
+    match path {
+        StartPath::Warm => mesh::StartPath::Warm,
+        StartPath::Clone => mesh::StartPath::Clone,
+        StartPath::Cold => mesh::StartPath::Cold,
+        StartPath::Memory => mesh::StartPath::Memory,
+        StartPath::Disk => mesh::StartPath::Disk,
+    }
+}
+
+fn parse_order(
+    template: String,
+    size: Option<VmSize>,
+    envs: HashMap<String, String>,
+) -> Result<Order, Status> {
+    let size = size.unwrap_or_default();
     let positive = |value: i32, max: u32, what: &str| {
         u32::try_from(value).ok().filter(|value| (1..=max).contains(value)).ok_or_else(|| {
             status(Reason::InvalidSize, format!("{what} must be from 1 to {max}, not {value}"))
         })
     };
-    if request.template_id.is_empty() {
+    if template.is_empty() {
         return Err(status(Reason::InvalidArgument, "template_id is empty"));
     }
     Ok(Order {
         kind: Kind {
-            template: request.template_id,
+            template,
             cpu_count: positive(size.cpu_count, MAX_CPUS, "cpu_count")?,
             memory_mb: positive(size.memory_mb, MAX_MEMORY_MB, "memory_mb")?,
         },
         disk_mb: u32::try_from(size.disk_mb)
             .map_err(|_| status(Reason::InvalidSize, "disk_mb must not be negative"))?,
-        envs: request.envs,
+        envs,
     })
 }
 
@@ -145,12 +189,15 @@ pub(crate) fn vm_status(error: &VmError) -> Status {
         VmError::Start(StartError::Leaving) | VmError::Leaving => Reason::HostUnavailable,
         VmError::Start(StartError::Lost(_)) | VmError::Lost(_) => Reason::SandboxFailed,
         VmError::NotReady => Reason::SandboxNotReady,
+        VmError::Hibernated => Reason::SandboxHibernated,
+        VmError::NotStored(_) => Reason::HibernationFailed,
         VmError::Stalled => Reason::HostDiskFull,
         VmError::Busy => Reason::Overloaded,
     };
     match error {
         // Of the host's inside: it is in the log.
         VmError::Start(StartError::Failed(_)) => status(reason, "the microVM could not be started"),
+        VmError::NotStored(_) => status(reason, "the sandbox could not be hibernated and runs on"),
         error => status(reason, error.to_string()),
     }
 }
@@ -159,6 +206,7 @@ fn denied_status(denied: Denied) -> Status {
     let reason = match denied {
         Denied::StaleEpoch { .. } | Denied::Overtaken { .. } | Denied::Deleted => Reason::StaleEpoch,
         Denied::Active => Reason::SandboxActive,
+        Denied::NotReady => Reason::SandboxNotReady,
         Denied::Failed => Reason::SandboxFailed,
     };
     status(reason, denied.to_string())
@@ -166,25 +214,23 @@ fn denied_status(denied: Denied) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use oc_proto::mesh::VmSize;
-
     use super::*;
 
-    fn request(size: VmSize) -> CreateVmRequest {
-        CreateVmRequest { template_id: "base".into(), size: Some(size), ..Default::default() }
+    fn parsed(size: VmSize) -> Result<Order, Status> {
+        parse_order("base".into(), Some(size), HashMap::new())
     }
 
     #[test]
     fn absurd_sizes_are_refused() {
         let good = VmSize { cpu_count: 1, memory_mb: 1024, disk_mb: 20480 };
-        assert_eq!(parse_order(request(good)).unwrap().kind.memory_mb, 1024);
+        assert_eq!(parsed(good).unwrap().kind.memory_mb, 1024);
         for bad in [
             VmSize { cpu_count: 0, ..good },
             VmSize { memory_mb: -1, ..good },
             VmSize { memory_mb: i32::MAX, ..good },
             VmSize { disk_mb: -5, ..good },
         ] {
-            let status = parse_order(request(bad)).unwrap_err();
+            let status = parsed(bad).unwrap_err();
             assert_eq!(oc_mesh::error::reason_of(&status).as_deref(), Some("INVALID_SIZE"), "{bad:?}");
         }
     }

@@ -13,6 +13,11 @@
 //!                                    └───────────────────┤ └── delete ── running
 //!                                                        ▼
 //!                                                       gone
+//!
+//!   running ── hibernate ──▶ hibernating ── stored ──▶ hibernated ── wake ──▶ waking ──▶ running
+//!      ▲                          │ not stored             ▲ │ delete          │ not now
+//!      └──────────────────────────┘                        │ └──▶ deleting     │
+//!                                                          └───────────────────┘
 //! ```
 //!
 //! A VM that waits in the pool belongs to the pool ([`crate::pool`]). From the create on there is one *task* per
@@ -26,6 +31,8 @@
 //! - **running** is announced after the guest has answered, and after the journal says so.
 //! - A running VM whose disk's writes find no room on the host is halted by its VMM and goes on when there is some
 //!   ([`halt`]); it is running all the while, and its calls are refused.
+//! - **hibernated** is a VM of which only its disk and its stored memory are left ([`sleep`]). It has no process and takes
+//!   no room of the host's but on disk, and it survives the machine.
 //! - **failed** is a VM that ran and was lost. Its process is ended; its sandbox is listed, with the reason, until
 //!   it is deleted.
 //! - **deleting** gives up a start in progress. The deletion is remembered ([`crate::tombstones`]) before
@@ -34,5 +41,6 @@
 pub mod activity;
 pub mod decide;
 pub mod halt;
+pub mod sleep;
 pub mod start;
 pub mod task;

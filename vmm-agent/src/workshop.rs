@@ -7,10 +7,7 @@ use std::{
     time::Duration,
 };
 
-use oc_proto::v1::{
-    RunRequest, StatFileRequest, exec_service_client::ExecServiceClient,
-    file_service_client::FileServiceClient,
-};
+use oc_proto::v1::{RunRequest, exec_service_client::ExecServiceClient};
 use tokio::time::sleep;
 use tonic::Code;
 use tracing::warn;
@@ -142,19 +139,21 @@ impl Workshop {
         if !microvm.instance().adopt().await? {
             return Err(MakeError::Backend("its VMM process ended while no agent ran".into()));
         }
-        // A claim resumes the VM before it is announced, so this only matters if somebody else paused it.
+        // It stands still if the earlier agent was about to store it, or had just woken it.
         microvm.resume().await?;
-        let guest =
-            microvm.guest().ok_or_else(|| MakeError::Backend("it has no link to its guest".into()))?;
-        let mut files = FileServiceClient::new(guest);
         loop {
-            match files.stat_file(StatFileRequest { path: "/".into(), ..Default::default() }).await {
+            match microvm.wake_guest().await {
                 // It is busy, or was halted with half a call on its way. The caller has a deadline.
-                Err(status) if status.code() == Code::Unavailable => sleep(ASKS_AGAIN).await,
+                Err(MakeError::Guest(status)) if status.code() == Code::Unavailable => {
+                    sleep(ASKS_AGAIN).await
+                }
                 // Any answer is an answer.
-                Ok(_) | Err(_) => return Ok(()),
+                Ok(()) | Err(MakeError::Guest(_)) => break,
+                Err(error) => return Err(error),
             }
         }
+        // It has gone on since, so what may be stored of it is worth nothing.
+        microvm.instance().forget_stored().await
     }
 
     /// Everything that looks like a VM of this host, with its record.

@@ -8,10 +8,11 @@ use std::{
 };
 
 use oc_proto::mesh::{
-    ActivateRequest, ActivateResponse, QuiesceRequest, QuiesceResponse, guest_service_server::GuestService,
+    ActivateRequest, ActivateResponse, QuiesceRequest, QuiesceResponse, WakeRequest, WakeResponse,
+    guest_service_server::GuestService,
 };
 use tokio::{
-    task::{AbortHandle, spawn_blocking},
+    task::{JoinHandle, spawn_blocking},
     time::sleep,
 };
 use tonic::{Request, Response, Status};
@@ -43,7 +44,7 @@ impl Identity {
 pub struct Guest {
     identity: Identity,
     layer: Layer,
-    thaw: Mutex<Option<AbortHandle>>,
+    thaw: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Guest {
@@ -52,11 +53,27 @@ impl Guest {
         Self { identity, layer, thaw: Mutex::new(None) }
     }
 
-    fn plan_thaw(&self, thaw: Option<AbortHandle>) {
-        let before = std::mem::replace(&mut *self.thaw.lock().unwrap_or_else(PoisonError::into_inner), thaw);
+    /// Lets writers go on after `after`, unless another plan is made.
+    fn plan_thaw(&self, after: Option<Duration>) {
+        let layer = self.layer.clone();
+        let plan = after.map(|after| {
+            tokio::spawn(async move {
+                sleep(after).await;
+                layer.thaw();
+            })
+        });
+        let before = std::mem::replace(&mut *self.planned(), plan);
         if let Some(before) = before {
             before.abort();
         }
+    }
+
+    fn is_thaw_planned(&self) -> bool {
+        self.planned().as_ref().is_some_and(|plan| !plan.is_finished())
+    }
+
+    fn planned(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thaw.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -67,9 +84,7 @@ impl GuestService for Guest {
         request: Request<ActivateRequest>,
     ) -> Result<Response<ActivateResponse>, Status> {
         let request = request.into_inner();
-        if request.entropy.len() < MIN_ENTROPY {
-            return Err(Refusal::InvalidArgument.status(format!("entropy is less than {MIN_ENTROPY} bytes")));
-        }
+        enough_entropy(&request.entropy)?;
         self.plan_thaw(None);
         *self.identity.lock() = request.envs.clone();
         self.layer.thaw();
@@ -85,24 +100,41 @@ impl GuestService for Guest {
         Ok(Response::new(ActivateResponse { version: env!("CARGO_PKG_VERSION").into(), kernel }))
     }
 
+    async fn wake(&self, request: Request<WakeRequest>) -> Result<Response<WakeResponse>, Status> {
+        let request = request.into_inner();
+        enough_entropy(&request.entropy)?;
+        let renewed = clock::set(request.unix_time_ns).and_then(|()| clock::add_randomness(&request.entropy));
+        self.plan_thaw(None);
+        self.layer.thaw();
+        renewed.map_err(|error| Refusal::Internal.status(error.to_string()))?;
+        Ok(Response::new(WakeResponse {}))
+    }
+
     async fn quiesce(&self, request: Request<QuiesceRequest>) -> Result<Response<QuiesceResponse>, Status> {
         let after = request.into_inner().thaw_after_ms.clamp(0, MAX_FROZEN_MS);
+        if after > 0 {
+            // Before anything is frozen: then nothing stays so, whatever becomes of this call.
+            self.plan_thaw(Some(Duration::from_millis(u64::from(after.unsigned_abs()))));
+        }
         let layer = self.layer.clone();
         let ready = spawn_blocking(move || if after == 0 { layer.write_back() } else { layer.freeze() });
         ready
             .await
             .map_err(|error| Refusal::Internal.status(error.to_string()))?
             .map_err(|error| Refusal::Internal.status(format!("cannot quiesce: {error}")))?;
-        if after == 0 {
-            return Ok(Response::new(QuiesceResponse {}));
+        if after > 0 && !self.is_thaw_planned() {
+            // It took so long to write all back that the thaw came first.
+            self.layer.thaw();
+            return Err(Refusal::Internal.status(format!("not quiet within {after} ms")));
         }
-        let layer = self.layer.clone();
-        let thaw = tokio::spawn(async move {
-            sleep(Duration::from_millis(u64::from(after.unsigned_abs()))).await;
-            layer.thaw();
-        });
-        self.plan_thaw(Some(thaw.abort_handle()));
         Ok(Response::new(QuiesceResponse {}))
+    }
+}
+
+fn enough_entropy(entropy: &[u8]) -> Result<(), Status> {
+    match entropy.len() {
+        MIN_ENTROPY.. => Ok(()),
+        _ => Err(Refusal::InvalidArgument.status(format!("entropy is less than {MIN_ENTROPY} bytes"))),
     }
 }
 

@@ -13,7 +13,11 @@ use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use oc_guest_link::{HostLink, Nonce};
 use oc_mesh::channel::{CONNECTION_WINDOW, STREAM_WINDOW};
-use tokio::{net::UnixStream, sync::Mutex};
+use tokio::{
+    net::UnixStream,
+    sync::{Mutex, watch},
+    task::AbortHandle,
+};
 use tonic::{Status, body::Body};
 use tower::Service;
 
@@ -35,13 +39,32 @@ pub struct GuestLink(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     home: Home,
-    sender: Mutex<Option<SendRequest<Body>>>,
+    connected: Mutex<Option<Connected>>,
+}
+
+/// A connection, and the task that drives it.
+#[derive(Debug)]
+struct Connected {
+    sender: SendRequest<Body>,
+    task: AbortHandle,
+    /// Completes when the task has let go of the socket.
+    ended: watch::Receiver<()>,
+}
+
+impl Connected {
+    /// Ends the connection, and returns when its socket is closed.
+    async fn end(self) {
+        self.task.abort();
+        let mut ended = self.ended;
+        // Fails when the other half is dropped, which is what it is for.
+        let _ = ended.changed().await;
+    }
 }
 
 impl GuestLink {
     /// The way to the guest of the VM in `home`. Nothing is connected yet.
     pub fn new(home: Home) -> Self {
-        Self(Arc::new(Shared { home, sender: Mutex::new(None) }))
+        Self(Arc::new(Shared { home, connected: Mutex::new(None) }))
     }
 
     /// Connects, if it is not yet.
@@ -53,30 +76,34 @@ impl GuestLink {
         self.0.sender().await.map(drop)
     }
 
-    /// Hangs up: a guest that is captured must not find half a conversation when it wakes.
+    /// Hangs up: a guest that is captured must not find half a conversation when it wakes. The VMM knows of it before it
+    /// can be told anything else.
     pub async fn hang_up(&self) {
-        *self.0.sender.lock().await = None;
+        if let Some(connected) = self.0.connected.lock().await.take() {
+            connected.end().await;
+        }
     }
 }
 
 impl Shared {
     async fn sender(&self) -> io::Result<SendRequest<Body>> {
         // Held while connecting: there is one port, and whoever waits here wants the same connection.
-        let mut slot = self.sender.lock().await;
-        if let Some(sender) = slot.as_ref()
-            && !sender.is_closed()
+        let mut slot = self.connected.lock().await;
+        if let Some(connected) = slot.as_ref()
+            && !connected.sender.is_closed()
         {
-            return Ok(sender.clone());
+            return Ok(connected.sender.clone());
         }
         // QEMU takes one connection at a time: the old one must be gone.
-        *slot = None;
-        let sender = connect(&self.home).await?;
-        *slot = Some(sender.clone());
-        Ok(sender)
+        if let Some(connected) = slot.take() {
+            connected.end().await;
+        }
+        let connected = slot.insert(connect(&self.home).await?);
+        Ok(connected.sender.clone())
     }
 }
 
-async fn connect(home: &Home) -> io::Result<SendRequest<Body>> {
+async fn connect(home: &Home) -> io::Result<Connected> {
     let stream: UnixStream = home.connect(GUEST).await?;
     let mut nonce = [0; 16];
     getrandom::fill(&mut nonce).map_err(io::Error::other)?;
@@ -91,13 +118,15 @@ async fn connect(home: &Home) -> io::Result<SendRequest<Body>> {
         .handshake(TokioIo::new(link))
         .await
         .map_err(io::Error::other)?;
+    let (held, ended) = watch::channel(());
     // Ends by itself when the last sender is dropped or the VM goes.
-    tokio::spawn(async move {
+    let task = tokio::spawn(async move {
+        let _held = held;
         if let Err(error) = connection.await {
             tracing::debug!(%error, "the connection to a guest broke");
         }
     });
-    Ok(sender)
+    Ok(Connected { sender, task: task.abort_handle(), ended })
 }
 
 impl Service<http::Request<Body>> for GuestLink {

@@ -19,7 +19,7 @@ use std::{
 use fs_err::{self as fs, os::unix::fs::chown};
 use sha2::{Digest as _, Sha256};
 
-use super::layer;
+use super::{durable, layer};
 
 /// First of 2^28 user IDs that nobody else uses: systemd's list of reserved ranges (UIDS-GIDS.md) leaves 1879048192 and up
 /// to 2147483647 unassigned.
@@ -64,6 +64,11 @@ impl Home {
         self.dir.join("layer.img")
     }
 
+    /// The golden memory that it is a clone of, if it is one.
+    pub fn base(&self) -> PathBuf {
+        self.dir.join("base.img")
+    }
+
     /// Makes the directory.
     ///
     /// # Errors
@@ -96,6 +101,24 @@ impl Home {
     pub fn add_layer(&self, from: &Path) -> io::Result<()> {
         let layer = layer::copy(from, &self.layer())?;
         self.give(&layer)
+    }
+
+    /// Keeps the golden memory `from` for as long as the home is there, whatever becomes of the snapshot.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be linked.
+    pub fn keep_base(&self, from: &Path) -> io::Result<()> {
+        fs::hard_link(from, self.base())
+    }
+
+    /// Removes the sockets of a VMM that is gone.
+    ///
+    /// # Errors
+    ///
+    /// If they resist.
+    pub fn remove_sockets(&self) -> io::Result<()> {
+        [CONTROL, GUEST].into_iter().try_for_each(|name| durable::remove(&self.dir.join(name)))
     }
 
     /// Makes an empty file that the VM's user may write.

@@ -12,6 +12,7 @@ use super::{
     home::Home,
     parts::Parts,
     running::{self, CloneError, Running},
+    stored::{self, Draft, Origin},
     vmm::Memory,
 };
 use crate::{
@@ -71,6 +72,52 @@ impl Instance for Vm {
         running::add_layer(&self.home, layer).await?;
         self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
         Ok(())
+    }
+
+    async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError> {
+        let running = self.running()?;
+        // Else it would find half a conversation when it wakes.
+        running.link.hang_up().await;
+        running.machine.pause().await?;
+        let (draft, origin) =
+            running::on_disk(&self.home, |home| Ok((Draft::begin(home)?, Origin::read(home)?))).await?;
+        running.machine.save(&draft.state()).await?;
+        let memory = running.memory(origin.memory_mb).await?;
+        let manifest =
+            running::on_disk(&self.home, move |home| draft.publish(home, &memory, is_quiet)).await?;
+        Ok(manifest.bytes())
+    }
+
+    async fn release(&mut self) -> Result<(), MakeError> {
+        self.kill().await?;
+        self.cgroup
+            .destroy()
+            .await
+            .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
+        self.running = None;
+        running::on_disk(&self.home, Home::remove_sockets).await
+    }
+
+    async fn restore_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
+        self.running = Some(Running::of_stored(&parts, &self.home, &self.cgroup, kind).await?);
+        Ok(())
+    }
+
+    async fn boot_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
+        let origin = running::on_disk(&self.home, Origin::read).await?;
+        if origin.template_digest != parts.bootable(&kind.template)?.template.digest {
+            return Err(MakeError::Backend("the base image of its disk is not on this host any more".into()));
+        }
+        // It is no clone any more.
+        running::on_disk(&self.home, |home| durable::remove(&home.base())).await?;
+        self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
+        Ok(())
+    }
+
+    async fn forget_stored(&mut self) -> Result<(), MakeError> {
+        running::on_disk(&self.home, stored::remove).await
     }
 
     async fn adopt(&mut self) -> Result<bool, MakeError> {

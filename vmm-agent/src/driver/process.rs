@@ -1,8 +1,15 @@
 //! A VM's process, held by a pidfd: no other process is ever taken for it, and it need not be a child of the agent.
 
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::{
     io::Errno,
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
@@ -18,6 +25,7 @@ const ENDS_WITHIN: Duration = Duration::from_secs(20);
 /// A process that runs, or did.
 #[derive(Clone, Debug)]
 pub struct Process {
+    pid: i32,
     fd: Arc<AsyncFd<OwnedFd>>,
 }
 
@@ -28,12 +36,27 @@ impl Process {
     ///
     /// If there is none.
     pub fn open(pid: i32) -> io::Result<Self> {
-        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
-        let fd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+        let number = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+        let fd = pidfd_open(number, PidfdFlags::NONBLOCK)?;
         // SAFETY: `OwnedFd` is one descriptor that stays open, and the same, until it is dropped.
         #[allow(unsafe_code)]
         let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE)? };
-        Ok(Self { fd: Arc::new(fd) })
+        Ok(Self { pid, fd: Arc::new(fd) })
+    }
+
+    /// Opens a file of the process in `/proc`. It stays this process's, whoever gets its number later.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended, or the file cannot be opened.
+    pub fn open_file(&self, name: &str, options: &OpenOptions) -> io::Result<File> {
+        let file = options.open(format!("/proc/{}/{name}", self.pid))?;
+        // Still alive: its number was not another's when the file was opened.
+        let mut ended = [PollFd::new(self.fd.get_ref().as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ended, PollTimeout::ZERO)? {
+            0 => Ok(file),
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     /// Completes when the process has ended.
@@ -65,7 +88,6 @@ impl Process {
 
 /// Takes the exit status if it is a child of ours; those of an earlier agent are init's to reap.
 fn reap(fd: &AsyncFd<OwnedFd>) {
-    use std::os::fd::AsFd as _;
     let _ = waitid(WaitId::PidFd(fd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
 }
 

@@ -16,10 +16,12 @@ use self::{arguments::Machine as Model, qmp::Qmp};
 use super::{
     home::{self, Home},
     process::Process,
-    vmm::{Launch, Machine, Start, Vmm, VmmError},
+    vmm::{Launch, Machine, Vmm, VmmError},
 };
 use crate::backend::Condition;
 
+/// The memory's backend.
+const MEMORY: &str = "ram";
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 /// How long device state may take to save or load: a few milliseconds, but the host may be busy.
@@ -109,20 +111,12 @@ impl Vmm for Qemu {
         let process = spawn::spawn(plan).await.map_err(VmmError::Start)?;
         // The socket is there already: QEMU takes the connection when it is ready.
         let qmp = Qmp::connect(launch.home).await?;
-        if launch.start == Start::Paused || matches!(launch.memory, super::vmm::Memory::Written(_)) {
-            qmp.execute("migrate-set-capabilities", ignore_shared_memory()).await?;
-        }
         Ok((process, Box::new(Microvm { qmp })))
     }
 
     async fn attach(&self, home: &Home) -> Result<Box<dyn Machine>, VmmError> {
         Ok(Box::new(Microvm { qmp: Qmp::connect(home).await? }))
     }
-}
-
-/// Memory lies in a file of its own, which is shared or copied on write, and is not part of the device state.
-fn ignore_shared_memory() -> Value {
-    json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] })
 }
 
 #[derive(Debug)]
@@ -174,8 +168,9 @@ impl Machine for Microvm {
     }
 
     async fn save(&self, state: &Path) -> Result<(), VmmError> {
-        self.qmp.execute("migrate", json!({ "uri": format!("file:{}", state.display()) })).await?;
-        self.migrated().await
+        // Of all devices, and nothing but them; nothing of it is Xen's (qapi/migration.json).
+        let to = json!({ "filename": state, "live": false });
+        self.qmp.execute("xen-save-devices-state", to).await.map(drop)
     }
 
     async fn load(&self, state: &Path) -> Result<(), VmmError> {
@@ -185,10 +180,47 @@ impl Machine for Microvm {
         self.migrated().await
     }
 
+    async fn memory_address(&self) -> Result<u64, VmmError> {
+        let blocks = self.qmp.execute("x-query-ramblock", json!({})).await?;
+        let text = blocks.get("human-readable-text").and_then(Value::as_str).unwrap_or_default();
+        memory_address(text).ok_or_else(|| VmmError::Refused {
+            command: "x-query-ramblock",
+            message: "it does not say where the guest's memory is".to_owned(),
+        })
+    }
+
     async fn grow_layer(&self, bytes: u64) -> Result<(), VmmError> {
         self.qmp
             .execute("block_resize", json!({ "node-name": arguments::LAYER_NODE, "size": bytes }))
             .await
             .map(drop)
+    }
+}
+
+/// The address of the guest's memory in QEMU's table of its blocks of memory: the columns' names, and a line for each
+/// block, its name first (`ram_block_format` in QEMU's softmmu/physmem.c).
+fn memory_address(table: &str) -> Option<u64> {
+    let mut lines = table.lines();
+    // The first column's name has two words, and the second one's values, such as `4 KiB`.
+    let column = lines.next()?.split_whitespace().position(|name| name == "HVA")?;
+    let mut blocks = lines.map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let memory = blocks.find(|block| block.first() == Some(&MEMORY))?;
+    u64::from_str_radix(memory.get(column)?.strip_prefix("0x")?, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memory_is_found_among_the_blocks() {
+        // As QEMU 10.0 prints it.
+        let table = "
+              Block Name    PSize              Offset               Used              Total                HVA  RO
+                     ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000 0x00007fe5c3e00000  rw
+    /rom@etc/acpi/tables    4 KiB  0x0000000004040000 0x0000000000001000 0x0000000000200000 0x00007fe60e000000  ro
+";
+        assert_eq!(memory_address(table.trim_start_matches('\n')), Some(0x7fe5_c3e0_0000));
+        assert_eq!(memory_address("Block Name PSize\n ram 4 KiB 0x0"), None);
     }
 }

@@ -10,8 +10,10 @@ use super::{
     golden::Golden,
     guest_link::GuestLink,
     home::Home,
+    pages::GuestMemory,
     parts::Parts,
     process::Process,
+    stored::{self, Origin},
     vmm::{Launch, Machine, Memory, Start, VmmError},
 };
 use crate::{
@@ -81,13 +83,57 @@ impl Running {
         cgroup: &Cgroup,
         kind: &Kind,
     ) -> Result<Self, CloneError> {
-        let memory = Memory::CopyOf(golden.memory());
+        let base = golden.memory();
+        on_disk(home, move |home| home.keep_base(&base)).await?;
+        let memory = Memory::CopyOf(home.base());
         let running = Self::launch(parts, home, cgroup, kind, memory, Start::Paused).await?;
         match running.unless_it_ends(telemetry::step("load", running.machine.load(&golden.state()))).await? {
             Ok(()) => Ok(running),
             Err(VmmError::Snapshot(reason)) => Err(CloneError::Snapshot(reason)),
             Err(error) => Err(MakeError::from(error).into()),
         }
+    }
+
+    /// Starts the VM that is stored in `home`. It is paused then, as it was.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::Unusable`] if what is stored is no good; a process may be in `cgroup`.
+    pub async fn of_stored(
+        parts: &Parts,
+        home: &Home,
+        cgroup: &Cgroup,
+        kind: &Kind,
+    ) -> Result<Self, MakeError> {
+        let manifest = unless_damaged(home, stored::read).await?;
+        let Some(manifest) = manifest else {
+            return Err(MakeError::Unusable("there is none".into()));
+        };
+        if manifest.origin != Origin::of(parts.bootable(&kind.template)?, kind) {
+            return Err(MakeError::Unusable("it is of another VMM, CPU, kernel or base image".into()));
+        }
+        let memory = if manifest.has_base { Memory::CopyOf(home.base()) } else { Memory::Anonymous };
+        let running = Self::launch(parts, home, cgroup, kind, memory, Start::Paused).await?;
+        let memory = running.memory(kind.memory_mb).await?;
+        // Before the devices: they look at what the guest has left them there.
+        let pages = unless_damaged(home, move |home| stored::load(home, &manifest, &memory));
+        running.unless_it_ends(telemetry::step("pages", pages)).await??;
+        let state = stored::state(home);
+        match running.unless_it_ends(telemetry::step("load", running.machine.load(&state))).await? {
+            Ok(()) => Ok(running),
+            Err(VmmError::Snapshot(reason)) => Err(MakeError::Unusable(reason)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Where its guest's memory is.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] of the VMM.
+    pub async fn memory(&self, memory_mb: u32) -> Result<GuestMemory, MakeError> {
+        let address = self.machine.memory_address().await?;
+        Ok(GuestMemory { process: self.process.clone(), address, bytes: u64::from(memory_mb) << 20 })
     }
 
     /// Takes over the VMM in `home` that an earlier agent started; `None` if there is none any more.
@@ -116,6 +162,8 @@ impl Running {
         start: Start,
     ) -> Result<Self, MakeError> {
         let bootable = parts.bootable(&kind.template)?;
+        let origin = Origin::of(bootable, kind);
+        on_disk(home, move |home| origin.write(home)).await?;
         parts.create_group(cgroup, kind)?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;
         let launch = Launch {
@@ -178,6 +226,19 @@ pub enum CloneError {
 /// [`MakeError::Backend`] if the disk does not take it.
 pub async fn add_layer(home: &Home, layer: std::path::PathBuf) -> Result<(), MakeError> {
     telemetry::step("layer", on_disk(home, move |home| home.add_layer(&layer))).await
+}
+
+/// Reads what is stored, on a thread of its own.
+async fn unless_damaged<T: Send + 'static>(
+    home: &Home,
+    work: impl FnOnce(&Home) -> io::Result<T> + Send + 'static,
+) -> Result<T, MakeError> {
+    let home = home.clone();
+    let done = spawn_blocking(move || work(&home)).await;
+    done.map_err(|panic| MakeError::Backend(panic.to_string()))?.map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => MakeError::Unusable(error.to_string()),
+        _ => MakeError::Backend(error.to_string()),
+    })
 }
 
 /// Does what may wait for the disk, on a thread of its own.

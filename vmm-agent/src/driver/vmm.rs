@@ -55,7 +55,7 @@ pub enum Memory {
     Anonymous,
     /// A file that the VM writes through to, as its snapshot.
     Written(PathBuf),
-    /// A file that the VM reads and does not change: what it writes is its own.
+    /// A file that the VM reads and does not change: what it writes is its own ([`super::pages`]).
     CopyOf(PathBuf),
 }
 
@@ -125,11 +125,14 @@ pub trait Machine: Debug + Send + Sync + 'static {
     /// Running → paused.
     async fn pause(&self) -> Result<(), VmmError>;
 
-    /// Paused, with [`Memory::Written`] → the same, with everything but memory and disk in `state`, a file of its own.
+    /// Paused → the same, with everything but memory and disk in `state`, a file of its own.
     async fn save(&self, state: &Path) -> Result<(), VmmError>;
 
-    /// Launched with [`Start::Paused`] and [`Memory::CopyOf`] → paused where `state` was saved.
+    /// Launched with [`Start::Paused`], its memory as it was when `state` was saved → paused there.
     async fn load(&self, state: &Path) -> Result<(), VmmError>;
+
+    /// Any state: where in its process the guest's memory begins.
+    async fn memory_address(&self) -> Result<u64, VmmError>;
 
     /// Any state: grows the writable layer's device.
     async fn grow_layer(&self, bytes: u64) -> Result<(), VmmError>;

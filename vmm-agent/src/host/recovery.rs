@@ -49,6 +49,9 @@ impl Host {
                     continue;
                 }
                 Recovery::Adopt(owner, path) => (owner, Origin::Adopt { microvm, path }),
+                Recovery::KeepStored(owner, path, stored_bytes) => {
+                    (owner, Origin::Stored { microvm, path, stored_bytes })
+                }
                 Recovery::KeepFailed(owner, reason) => (owner, Origin::Failed { microvm, reason }),
             };
             if self.is_buried(&owner) {

@@ -15,7 +15,16 @@ pub struct Activity(Arc<Mutex<Calls>>);
 struct Calls {
     live: usize,
     last: SystemTime,
-    closed: bool,
+    closed: Option<Closed>,
+}
+
+/// Why no further call begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    /// The sandbox is being deleted.
+    Deleted,
+    /// The sandbox is being stored.
+    Hibernated,
 }
 
 /// Calls of one sandbox at once. Each may hold a window of bytes on every hop, and all sandboxes share the host's room.
@@ -24,8 +33,8 @@ pub const MAX_CALLS: usize = 256;
 /// Why no call begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoCall {
-    /// The sandbox is being deleted.
-    Closed,
+    /// For that reason.
+    Closed(Closed),
     /// There are [`MAX_CALLS`] already.
     Busy,
 }
@@ -37,7 +46,7 @@ pub struct Call(Activity);
 impl Activity {
     /// No calls yet; `now` counts as a use.
     pub fn new(now: SystemTime) -> Self {
-        Self(Arc::new(Mutex::new(Calls { live: 0, last: now, closed: false })))
+        Self(Arc::new(Mutex::new(Calls { live: 0, last: now, closed: None })))
     }
 
     /// Begins a call.
@@ -47,8 +56,8 @@ impl Activity {
     /// [`NoCall`] says why not.
     pub fn begin(&self) -> Result<Call, NoCall> {
         let mut calls = self.0.lock();
-        if calls.closed {
-            return Err(NoCall::Closed);
+        if let Some(closed) = calls.closed {
+            return Err(NoCall::Closed(closed));
         }
         if calls.live >= MAX_CALLS {
             return Err(NoCall::Busy);
@@ -69,12 +78,21 @@ impl Activity {
         calls.last = calls.last.max(now);
     }
 
-    /// Lets no further call begin, unless the sandbox was used after `idle_since`. Returns whether it is closed.
-    pub fn close(&self, idle_since: Option<SystemTime>) -> bool {
+    /// Lets no further call begin, for the reason `why`, unless the sandbox was used after `idle_since`. Returns whether
+    /// it is closed.
+    pub fn close(&self, idle_since: Option<SystemTime>, why: Closed) -> bool {
         let mut calls = self.0.lock();
         let used = idle_since.is_some_and(|since| calls.live > 0 || calls.last > since);
-        calls.closed |= !used;
-        calls.closed
+        if !used {
+            calls.closed = Some(why);
+        }
+        calls.closed.is_some()
+    }
+
+    /// Lets calls begin again; `now` counts as a use.
+    pub fn reopen(&self, now: SystemTime) {
+        self.0.lock().closed = None;
+        self.touch(now);
     }
 }
 
@@ -118,18 +136,20 @@ mod tests {
     fn closing_an_idle_sandbox_spares_one_in_use() {
         let activity = Activity::new(LONG_AGO);
         let call = activity.begin().unwrap();
-        assert!(!activity.close(Some(LONG_AGO)));
+        assert!(!activity.close(Some(LONG_AGO), Closed::Hibernated));
         drop(call);
-        assert!(!activity.close(Some(LONG_AGO)), "it was used since");
-        assert!(activity.close(Some(SystemTime::now())));
-        assert_eq!(activity.begin().err(), Some(NoCall::Closed));
+        assert!(!activity.close(Some(LONG_AGO), Closed::Hibernated), "it was used since");
+        assert!(activity.close(Some(SystemTime::now()), Closed::Hibernated));
+        assert_eq!(activity.begin().err(), Some(NoCall::Closed(Closed::Hibernated)));
+        activity.reopen(LONG_AGO);
+        assert!(activity.begin().is_ok());
     }
 
     #[test]
     fn closing_without_a_condition_shuts_out_new_calls_only() {
         let activity = Activity::new(LONG_AGO);
         let _call = activity.begin().unwrap();
-        assert!(activity.close(None));
-        assert_eq!(activity.begin().err(), Some(NoCall::Closed));
+        assert!(activity.close(None, Closed::Deleted));
+        assert_eq!(activity.begin().err(), Some(NoCall::Closed(Closed::Deleted)));
     }
 }

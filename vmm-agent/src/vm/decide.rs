@@ -11,6 +11,12 @@ pub enum Phase {
     Starting,
     /// Its guest answers.
     Running,
+    /// Being stored. Its guest is about to stand still, or does.
+    Hibernating,
+    /// Stored: it has no process.
+    Hibernated,
+    /// Being made to run again, from what is stored.
+    Waking,
     /// Lost after it ran. Nothing but its record is left; it stays until it is deleted.
     Failed,
     /// Being taken down.
@@ -34,6 +40,26 @@ pub enum Input {
         /// Whether the caller asked for an idle VM only and this one was used since.
         used: bool,
     },
+    /// A request to store it, for `epoch`.
+    Hibernate {
+        /// The caller's epoch.
+        epoch: Epoch,
+        /// Whether the caller asked for an idle VM only and this one was used since.
+        used: bool,
+    },
+    /// A request to make it run again, for `epoch`.
+    Wake {
+        /// The caller's epoch.
+        epoch: Epoch,
+    },
+    /// It is stored.
+    Stored,
+    /// It cannot be stored; it runs on.
+    NotStored,
+    /// It runs again.
+    Woken,
+    /// It cannot be made to run again now; it stays stored.
+    NotWoken,
     /// The start succeeded.
     Started,
     /// The start failed for good.
@@ -51,6 +77,12 @@ pub enum Transition {
     Join,
     /// Go to [`Phase::Running`]: write that down, then tell.
     Run,
+    /// Go to [`Phase::Hibernating`]: store it.
+    Hibernate,
+    /// Go to [`Phase::Hibernated`]: nothing of it is left but what is stored.
+    Sleep,
+    /// Go to [`Phase::Waking`]: make it run again.
+    Wake,
     /// Go to [`Phase::Failed`]: end what is left of the VM, keep the record.
     Fail,
     /// Go to [`Phase::Deleting`]: give up a start in progress, remove everything, remember the epoch.
@@ -69,6 +101,9 @@ impl Transition {
         match self {
             Self::Join | Self::Ignore => from,
             Self::Run => Phase::Running,
+            Self::Hibernate => Phase::Hibernating,
+            Self::Sleep => Phase::Hibernated,
+            Self::Wake => Phase::Waking,
             Self::Fail => Phase::Failed,
             Self::Delete | Self::Undo => Phase::Deleting,
             Self::End => Phase::Gone,
@@ -95,6 +130,9 @@ pub enum Denied {
         /// What the host holds.
         held: Epoch,
     },
+    /// It is between two phases: the same request may succeed later.
+    #[error("it is changing its state at the moment")]
+    NotReady,
     /// It was used since the time that the caller named.
     #[error("it was used in the meantime")]
     Active,
@@ -112,31 +150,64 @@ pub enum Denied {
 ///
 /// [`Denied`], for requests only: events are never denied.
 pub fn decide(phase: Phase, held: Epoch, input: Input) -> Result<Transition, Denied> {
+    let only_in = |expected, transition| Ok(if phase == expected { transition } else { Transition::Ignore });
     match input {
-        Input::Create { epoch } | Input::Delete { epoch, .. } if epoch < held => {
+        Input::Create { epoch }
+        | Input::Delete { epoch, .. }
+        | Input::Hibernate { epoch, .. }
+        | Input::Wake { epoch }
+            if epoch < held =>
+        {
             Err(Denied::StaleEpoch { given: epoch, held })
         }
-        Input::Create { epoch } if epoch > held => Err(Denied::Overtaken { given: epoch, held }),
+        Input::Create { epoch } | Input::Hibernate { epoch, .. } | Input::Wake { epoch } if epoch > held => {
+            Err(Denied::Overtaken { given: epoch, held })
+        }
         Input::Create { .. } => match phase {
-            Phase::Starting | Phase::Running => Ok(Transition::Join),
+            // One that is stored was made: the caller is told late.
+            Phase::Starting | Phase::Running | Phase::Hibernating | Phase::Hibernated | Phase::Waking => {
+                Ok(Transition::Join)
+            }
             Phase::Failed => Err(Denied::Failed),
             Phase::Deleting | Phase::Gone => Err(Denied::Deleted),
         },
         Input::Delete { used, .. } => match phase {
             Phase::Starting | Phase::Running if used => Err(Denied::Active),
-            Phase::Starting | Phase::Running | Phase::Failed => Ok(Transition::Delete),
+            Phase::Starting
+            | Phase::Running
+            | Phase::Hibernating
+            | Phase::Hibernated
+            | Phase::Waking
+            | Phase::Failed => Ok(Transition::Delete),
             Phase::Deleting | Phase::Gone => Ok(Transition::Join),
         },
-        Input::Started => Ok(if phase == Phase::Starting { Transition::Run } else { Transition::Ignore }),
-        Input::StartFailed => {
-            Ok(if phase == Phase::Starting { Transition::Undo } else { Transition::Ignore })
-        }
+        Input::Hibernate { used, .. } => match phase {
+            Phase::Running if used => Err(Denied::Active),
+            Phase::Running => Ok(Transition::Hibernate),
+            Phase::Hibernating | Phase::Hibernated => Ok(Transition::Join),
+            Phase::Starting | Phase::Waking => Err(Denied::NotReady),
+            Phase::Failed => Err(Denied::Failed),
+            Phase::Deleting | Phase::Gone => Err(Denied::Deleted),
+        },
+        Input::Wake { .. } => match phase {
+            Phase::Hibernated => Ok(Transition::Wake),
+            Phase::Starting | Phase::Running | Phase::Waking => Ok(Transition::Join),
+            Phase::Hibernating => Err(Denied::NotReady),
+            Phase::Failed => Err(Denied::Failed),
+            Phase::Deleting | Phase::Gone => Err(Denied::Deleted),
+        },
+        Input::Started => only_in(Phase::Starting, Transition::Run),
+        Input::StartFailed => only_in(Phase::Starting, Transition::Undo),
+        Input::Stored => only_in(Phase::Hibernating, Transition::Sleep),
+        Input::NotStored => only_in(Phase::Hibernating, Transition::Run),
+        Input::Woken => only_in(Phase::Waking, Transition::Run),
+        Input::NotWoken => only_in(Phase::Waking, Transition::Sleep),
         Input::Lost => Ok(match phase {
             // A start that loses its VM says so by `StartFailed`; an adopted VM that is gone did run before.
-            Phase::Starting | Phase::Running => Transition::Fail,
-            Phase::Failed | Phase::Deleting | Phase::Gone => Transition::Ignore,
+            Phase::Starting | Phase::Running | Phase::Hibernating | Phase::Waking => Transition::Fail,
+            Phase::Hibernated | Phase::Failed | Phase::Deleting | Phase::Gone => Transition::Ignore,
         }),
-        Input::Removed => Ok(if phase == Phase::Deleting { Transition::End } else { Transition::Ignore }),
+        Input::Removed => only_in(Phase::Deleting, Transition::End),
     }
 }
 
@@ -150,6 +221,9 @@ mod tests {
         prop_oneof![
             Just(Phase::Starting),
             Just(Phase::Running),
+            Just(Phase::Hibernating),
+            Just(Phase::Hibernated),
+            Just(Phase::Waking),
             Just(Phase::Failed),
             Just(Phase::Deleting),
             Just(Phase::Gone),
@@ -161,6 +235,12 @@ mod tests {
         prop_oneof![
             epochs().prop_map(|epoch| Input::Create { epoch }),
             (epochs(), any::<bool>()).prop_map(|(epoch, used)| Input::Delete { epoch, used }),
+            (epochs(), any::<bool>()).prop_map(|(epoch, used)| Input::Hibernate { epoch, used }),
+            epochs().prop_map(|epoch| Input::Wake { epoch }),
+            Just(Input::Stored),
+            Just(Input::NotStored),
+            Just(Input::Woken),
+            Just(Input::NotWoken),
             Just(Input::Started),
             Just(Input::StartFailed),
             Just(Input::Lost),
@@ -185,7 +265,8 @@ mod tests {
     fn rank(phase: Phase) -> u8 {
         match phase {
             Phase::Starting => 0,
-            Phase::Running => 1,
+            // Back and forth.
+            Phase::Running | Phase::Hibernating | Phase::Hibernated | Phase::Waking => 1,
             Phase::Failed => 2,
             Phase::Deleting => 3,
             Phase::Gone => 4,
@@ -207,7 +288,12 @@ mod tests {
         #[test]
         fn an_older_epoch_is_refused_in_every_phase(phase in phases(), epoch in 0..2_u64, used: bool) {
             let epoch = Epoch(epoch);
-            for input in [Input::Create { epoch }, Input::Delete { epoch, used }] {
+            for input in [
+                Input::Create { epoch },
+                Input::Delete { epoch, used },
+                Input::Hibernate { epoch, used },
+                Input::Wake { epoch },
+            ] {
                 prop_assert_eq!(decide(phase, HELD, input), Err(Denied::StaleEpoch { given: epoch, held: HELD }));
             }
         }
@@ -231,14 +317,35 @@ mod tests {
 
         #[test]
         fn events_are_never_denied(phase in phases(), input in inputs()) {
-            if !matches!(input, Input::Create { .. } | Input::Delete { .. }) {
+            let is_request = matches!(
+                input,
+                Input::Create { .. } | Input::Delete { .. } | Input::Hibernate { .. } | Input::Wake { .. }
+            );
+            if !is_request {
                 prop_assert!(decide(phase, HELD, input).is_ok());
             }
         }
     }
 
     #[test]
+    fn only_one_that_runs_is_stored_and_only_a_stored_one_is_woken() {
+        let hibernate = Input::Hibernate { epoch: HELD, used: false };
+        let wake = Input::Wake { epoch: HELD };
+        assert_eq!(decide(Phase::Running, HELD, hibernate), Ok(Transition::Hibernate));
+        assert_eq!(decide(Phase::Hibernated, HELD, hibernate), Ok(Transition::Join));
+        assert_eq!(decide(Phase::Waking, HELD, hibernate), Err(Denied::NotReady));
+        assert_eq!(decide(Phase::Hibernated, HELD, wake), Ok(Transition::Wake));
+        assert_eq!(decide(Phase::Waking, HELD, wake), Ok(Transition::Join));
+        assert_eq!(decide(Phase::Hibernating, HELD, wake), Err(Denied::NotReady));
+        // What fails leads back to where it began.
+        assert_eq!(decide(Phase::Hibernating, HELD, Input::NotStored), Ok(Transition::Run));
+        assert_eq!(decide(Phase::Waking, HELD, Input::NotWoken), Ok(Transition::Sleep));
+    }
+
+    #[test]
     fn a_vm_in_use_is_spared() {
+        let input = Input::Hibernate { epoch: HELD, used: true };
+        assert_eq!(decide(Phase::Running, HELD, input), Err(Denied::Active));
         let input = Input::Delete { epoch: HELD, used: true };
         assert_eq!(decide(Phase::Running, HELD, input), Err(Denied::Active));
         assert_eq!(decide(Phase::Failed, HELD, input), Ok(Transition::Delete));

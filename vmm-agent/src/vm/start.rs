@@ -42,6 +42,13 @@ pub struct Order {
     pub envs: HashMap<String, String>,
 }
 
+impl Order {
+    /// What the guest of `owner` is told.
+    pub fn identity(&self, owner: &Owner) -> Identity {
+        Identity { sandbox_id: owner.sandbox.to_string(), envs: self.envs.clone(), disk_mb: self.disk_mb }
+    }
+}
+
 /// Where the VM of a sandbox comes from.
 #[derive(Debug)]
 pub enum Origin {
@@ -59,6 +66,15 @@ pub enum Origin {
         /// How it was started.
         path: StartPath,
     },
+    /// An earlier agent stored it.
+    Stored {
+        /// Its home.
+        microvm: MicroVm,
+        /// How it was started.
+        path: StartPath,
+        /// What its memory and devices take, bytes.
+        stored_bytes: u64,
+    },
     /// An earlier agent saw it fail.
     Failed {
         /// Its home.
@@ -72,7 +88,9 @@ impl Origin {
     /// What an earlier agent left, if that is where it comes from.
     pub fn microvm(&self) -> Option<&MicroVm> {
         match self {
-            Self::Adopt { microvm, .. } | Self::Failed { microvm, .. } => Some(microvm),
+            Self::Adopt { microvm, .. } | Self::Stored { microvm, .. } | Self::Failed { microvm, .. } => {
+                Some(microvm)
+            }
             Self::Create { .. } => None,
         }
     }
@@ -80,7 +98,9 @@ impl Origin {
     /// As [`Origin::microvm`], by value.
     pub fn into_microvm(self) -> Option<MicroVm> {
         match self {
-            Self::Adopt { microvm, .. } | Self::Failed { microvm, .. } => Some(microvm),
+            Self::Adopt { microvm, .. } | Self::Stored { microvm, .. } | Self::Failed { microvm, .. } => {
+                Some(microvm)
+            }
             Self::Create { .. } => None,
         }
     }
@@ -209,12 +229,7 @@ impl Starter {
         microvm: &MicroVm,
         path: StartPath,
     ) -> Result<(), MakeError> {
-        let identity = Identity {
-            sandbox_id: owner.sandbox.to_string(),
-            envs: order.envs.clone(),
-            disk_mb: order.disk_mb,
-        };
-        microvm.activate(identity).await?;
+        microvm.activate(order.identity(owner)).await?;
         microvm.enter(Stage::Running { owner: owner.clone(), path })
     }
 

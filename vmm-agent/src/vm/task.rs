@@ -21,10 +21,10 @@ use crate::{
     telemetry,
     tombstones::Tombstones,
     vm::{
-        activity::{Activity, Call, MAX_CALLS, NoCall},
+        activity::{Activity, Call, Closed, MAX_CALLS, NoCall},
         decide::{Denied, Input, Phase, Transition, decide},
-        halt,
-        start::{Origin, StartError, Starter},
+        halt, sleep,
+        start::{Order, Origin, StartError, Starter},
     },
 };
 
@@ -42,8 +42,12 @@ pub struct Status {
     pub path: Option<StartPath>,
     /// Why it is lost.
     pub failure: Option<Arc<str>>,
-    /// Why it could not be started.
+    /// Why it could not be started, or woken.
     pub start_error: Option<StartError>,
+    /// What its memory and devices take since it was last stored, bytes.
+    pub stored_bytes: u64,
+    /// Why it could not be stored when that was last tried.
+    store_error: Option<Arc<str>>,
     /// The way to its guest, while it runs.
     guest: Option<Guest>,
     /// Whether it is halted until the host's disk takes what it writes.
@@ -71,6 +75,12 @@ pub enum VmError {
     /// It is used by as many calls as it may be.
     #[error("the sandbox is used by {MAX_CALLS} calls already")]
     Busy,
+    /// The VM cannot be stored; it runs on.
+    #[error("the sandbox cannot be hibernated: {0}")]
+    NotStored(Arc<str>),
+    /// The VM is stored, or about to be: it has to be woken first.
+    #[error("the sandbox is hibernated")]
+    Hibernated,
     /// The VM is not ready for calls yet.
     #[error("the sandbox is being started")]
     NotReady,
@@ -85,6 +95,16 @@ enum Request {
     Delete {
         epoch: Epoch,
         idle_since: Option<SystemTime>,
+        reply: oneshot::Sender<Result<Transition, Denied>>,
+    },
+    Hibernate {
+        epoch: Epoch,
+        idle_since: Option<SystemTime>,
+        reply: oneshot::Sender<Result<Transition, Denied>>,
+    },
+    Wake {
+        epoch: Epoch,
+        order: Order,
         reply: oneshot::Sender<Result<Transition, Denied>>,
     },
 }
@@ -129,6 +149,8 @@ impl Vm {
             path: None,
             failure: None,
             start_error: None,
+            stored_bytes: 0,
+            store_error: None,
             guest: None,
             is_stalled: false,
         };
@@ -142,8 +164,15 @@ impl Vm {
         }));
         let span = tracing::info_span!("sandbox", sandbox_id = %owner.sandbox, epoch = owner.epoch.0);
         let surroundings_too = surroundings.clone();
-        let task =
-            Task { owner, surroundings: surroundings_too, queue, publish, activity, predecessor: None };
+        let task = Task {
+            owner,
+            surroundings: surroundings_too,
+            queue,
+            publish,
+            activity,
+            predecessor: None,
+            order: None,
+        };
         let (handle, gone) = (vm.clone(), task.publish.clone());
         surroundings.tasks.spawn(
             async move {
@@ -190,12 +219,68 @@ impl Vm {
         }
         let status = self.settled(|status| !matches!(status.phase, Phase::Starting | Phase::Deleting)).await;
         match (status.phase, status.path, status.start_error) {
-            (Phase::Running, Some(path), _) => Ok(path),
+            // One that has been stored since was made all the same.
+            (Phase::Running | Phase::Hibernating | Phase::Hibernated | Phase::Waking, Some(path), _) => {
+                Ok(path)
+            }
             (_, _, Some(error)) => Err(VmError::Start(error)),
             (Phase::Failed, ..) => Err(VmError::Lost(status.failure.unwrap_or_else(|| Arc::from("")))),
             (Phase::Gone, ..) => Err(VmError::Denied(Denied::Deleted)),
-            (Phase::Starting | Phase::Running | Phase::Deleting, ..) => Err(VmError::Leaving),
+            _ => Err(VmError::Leaving),
         }
+    }
+
+    /// Stores the VM and waits until only what is stored is left of it. Returns what that takes, bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`]: the epoch does not fit, or the sandbox was used after `idle_since`. [`VmError::NotStored`] if it
+    /// runs on; lost or deleted meanwhile.
+    pub async fn hibernate(&self, epoch: Epoch, idle_since: Option<SystemTime>) -> Result<u64, VmError> {
+        while let Err(denied) = self.ask(|reply| Request::Hibernate { epoch, idle_since, reply }).await {
+            self.unless_settling(denied).await?;
+        }
+        let status = self.settled(|status| status.phase != Phase::Hibernating).await;
+        match (status.phase, status.store_error) {
+            (Phase::Hibernating, _) => Err(VmError::Leaving),
+            (Phase::Running, Some(error)) => Err(VmError::NotStored(error)),
+            // Or somebody has woken it again by now.
+            (Phase::Starting | Phase::Running | Phase::Hibernated | Phase::Waking, _) => {
+                Ok(status.stored_bytes)
+            }
+            (Phase::Failed, _) => Err(VmError::Lost(status.failure.unwrap_or_else(|| Arc::from("")))),
+            (Phase::Deleting | Phase::Gone, _) => Err(VmError::Denied(Denied::Deleted)),
+        }
+    }
+
+    /// Makes a stored VM run again and waits until its guest has answered. One that runs stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`]: the epoch does not fit. [`VmError::Start`] if it stays stored; lost or deleted meanwhile.
+    pub async fn wake(&self, epoch: Epoch, order: &Order) -> Result<StartPath, VmError> {
+        while let Err(denied) = self.ask(|reply| Request::Wake { epoch, order: order.clone(), reply }).await {
+            self.unless_settling(denied).await?;
+        }
+        let status = self.settled(|status| !matches!(status.phase, Phase::Starting | Phase::Waking)).await;
+        match (status.phase, status.path, status.start_error) {
+            (Phase::Running | Phase::Hibernating, Some(path), _) => Ok(path),
+            (Phase::Hibernated, _, Some(error)) => Err(VmError::Start(error)),
+            (Phase::Failed, ..) => Err(VmError::Lost(status.failure.unwrap_or_else(|| Arc::from("")))),
+            (Phase::Deleting | Phase::Gone, ..) => Err(VmError::Denied(Denied::Deleted)),
+            _ => Err(VmError::Leaving),
+        }
+    }
+
+    /// Waits until the VM has settled, if that is all that stands against a request.
+    async fn unless_settling(&self, denied: Denied) -> Result<(), VmError> {
+        if denied != Denied::NotReady {
+            return Err(denied.into());
+        }
+        let is_settling = |phase| matches!(phase, Phase::Starting | Phase::Hibernating | Phase::Waking);
+        let status = self.settled(|status| !is_settling(status.phase)).await;
+        // A task that has ended settles no more.
+        if is_settling(status.phase) { Err(VmError::Leaving) } else { Ok(()) }
     }
 
     /// Takes the VM down and waits until nothing is left of it.
@@ -223,11 +308,13 @@ impl Vm {
             (Phase::Running, Some(_)) if status.is_stalled => Err(VmError::Stalled),
             (Phase::Running, Some(guest)) => {
                 let call = self.0.activity.begin().map_err(|refusal| match refusal {
-                    NoCall::Closed => VmError::Denied(Denied::Deleted),
+                    NoCall::Closed(Closed::Deleted) => VmError::Denied(Denied::Deleted),
+                    NoCall::Closed(Closed::Hibernated) => VmError::Hibernated,
                     NoCall::Busy => VmError::Busy,
                 })?;
                 Ok((guest.clone(), call))
             }
+            (Phase::Hibernating | Phase::Hibernated | Phase::Waking, _) => Err(VmError::Hibernated),
             (Phase::Starting | Phase::Running, _) => Err(VmError::NotReady),
             (Phase::Failed, _) => Err(VmError::Lost(status.failure.clone().unwrap_or_else(|| Arc::from("")))),
             (Phase::Deleting | Phase::Gone, _) => Err(VmError::Denied(Denied::Deleted)),
@@ -274,6 +361,8 @@ struct Task {
     activity: Activity,
     /// The VM that this one replaces, until it is gone.
     predecessor: Option<Vm>,
+    /// What the VM is to be that is woken next.
+    order: Option<Order>,
 }
 
 impl Task {
@@ -284,6 +373,9 @@ impl Task {
         loop {
             let next = match transition {
                 Transition::Run => self.attend(microvm.as_ref()).await,
+                Transition::Hibernate => self.hibernate(microvm.as_mut()).await,
+                Transition::Sleep => self.sleep().await,
+                Transition::Wake => self.wake(microvm.as_mut()).await,
                 Transition::Fail => self.fail(microvm.as_mut()).await,
                 Transition::Delete => self.delete(&mut microvm).await,
                 Transition::Undo => self.undo(&mut microvm).await,
@@ -308,6 +400,16 @@ impl Task {
             Origin::Adopt { microvm: left, path } => {
                 *microvm = Some(left);
                 (None, path)
+            }
+            Origin::Stored { microvm: left, path, stored_bytes } => {
+                // An earlier agent may have died before it ended the process.
+                sleep::release(microvm.insert(left)).await;
+                self.activity.close(None, Closed::Hibernated);
+                self.publish.send_modify(|status| {
+                    status.path = Some(path);
+                    status.stored_bytes = stored_bytes;
+                });
+                return Some(Transition::Sleep);
             }
             Origin::Failed { microvm: left, reason } => {
                 *microvm = Some(left);
@@ -346,12 +448,7 @@ impl Task {
             Some(Ok(path)) => {
                 self.predecessor = None;
                 let guest = microvm.as_ref().and_then(MicroVm::guest);
-                self.activity.touch(SystemTime::now());
-                self.publish.send_modify(|status| {
-                    status.phase = Phase::Running;
-                    status.path = Some(path);
-                    status.guest = guest;
-                });
+                self.runs(path, guest);
                 Transition::Run
             }
             Some(Err(StartError::Lost(reason))) => self.lost(reason),
@@ -370,8 +467,9 @@ impl Task {
         loop {
             tokio::select! {
                 request = self.queue.recv() => {
-                    if self.answer(request?) == Some(Transition::Delete) {
-                        return Some(Transition::Delete);
+                    let decided = self.answer(request?);
+                    if matches!(decided, Some(Transition::Delete | Transition::Hibernate)) {
+                        return decided;
                     }
                 }
                 () = ended(microvm) => return Some(self.lost("its VMM process ended".into())),
@@ -384,6 +482,103 @@ impl Task {
                     }
                 }
                 () = self.surroundings.leave.cancelled() => return None,
+            }
+        }
+    }
+
+    /// Tells that the VM runs, and lets calls begin.
+    fn runs(&self, path: StartPath, guest: Option<Guest>) {
+        self.activity.reopen(SystemTime::now());
+        self.publish.send_modify(|status| {
+            status.phase = Phase::Running;
+            status.path = Some(path);
+            status.guest = guest;
+        });
+    }
+
+    /// Stores the VM while requests are answered. A deletion waits until that is done, and so does the agent's end.
+    async fn hibernate(&mut self, microvm: Option<&mut MicroVm>) -> Option<Transition> {
+        let microvm = microvm?;
+        let (owner, path) = (self.owner.clone(), self.publish.borrow().path.unwrap_or(StartPath::Cold));
+        let exit = microvm.exit();
+        let stored = {
+            let mut work = std::pin::pin!(async {
+                let stored = sleep::store(&owner, path, microvm).await;
+                if stored.is_ok() {
+                    sleep::release(microvm).await;
+                }
+                stored
+            });
+            self.attend_to(&mut work).await
+        };
+        Some(match stored {
+            (_, true) => Transition::Delete,
+            (Ok(stored_bytes), _) => {
+                info!(stored_bytes, "hibernated");
+                self.publish.send_modify(|status| status.stored_bytes = stored_bytes);
+                self.event(Input::Stored)
+            }
+            (Err(_), _) if futures_util::FutureExt::now_or_never(exit).is_some() => {
+                self.lost("its VMM process ended".into())
+            }
+            (Err(error), _) => {
+                warn!(%error, "not hibernated");
+                let guest = microvm.guest();
+                self.publish.send_modify(|status| status.store_error = Some(error.to_string().into()));
+                let next = self.event(Input::NotStored);
+                self.runs(path, guest);
+                next
+            }
+        })
+    }
+
+    /// Waits until a stored VM is woken or deleted.
+    async fn sleep(&mut self) -> Option<Transition> {
+        self.publish.send_modify(|status| status.phase = Phase::Hibernated);
+        loop {
+            tokio::select! {
+                request = self.queue.recv() => {
+                    let decided = self.answer(request?);
+                    if matches!(decided, Some(Transition::Delete | Transition::Wake)) {
+                        return decided;
+                    }
+                }
+                () = self.surroundings.leave.cancelled() => return None,
+            }
+        }
+    }
+
+    /// Makes a stored VM run again while requests are answered. A deletion waits until that is done.
+    async fn wake(&mut self, microvm: Option<&mut MicroVm>) -> Option<Transition> {
+        let (microvm, order) = (microvm?, self.order.take()?);
+        let owner = self.owner.clone();
+        let woken = {
+            let mut work = std::pin::pin!(sleep::wake(&owner, &order, microvm));
+            self.attend_to(&mut work).await
+        };
+        Some(match woken {
+            (_, true) => Transition::Delete,
+            (Ok(path), _) => {
+                let next = self.event(Input::Woken);
+                self.runs(path, microvm.guest());
+                next
+            }
+            (Err(error), _) => {
+                self.publish.send_modify(|status| status.start_error = Some(error));
+                self.event(Input::NotWoken)
+            }
+        })
+    }
+
+    /// Waits for work that must not be given up, while requests are answered. Says whether one of them is to delete.
+    async fn attend_to<T>(&mut self, work: &mut (impl Future<Output = T> + Unpin)) -> (T, bool) {
+        let mut delete = false;
+        loop {
+            tokio::select! {
+                done = &mut *work => return (done, delete),
+                Some(request) = self.queue.recv() => {
+                    delete |= self.answer(request) == Some(Transition::Delete);
+                }
             }
         }
     }
@@ -461,7 +656,7 @@ impl Task {
     }
 
     /// Answers a request and returns the transition that was decided. A caller that is gone is none.
-    fn answer(&self, request: Request) -> Option<Transition> {
+    fn answer(&mut self, request: Request) -> Option<Transition> {
         let phase = self.publish.borrow().phase;
         let (input, reply) = match request {
             Request::Create { epoch, reply } => (Input::Create { epoch }, reply),
@@ -469,8 +664,20 @@ impl Task {
                 // Only an accepted delete may shut calls out, so an old epoch is sorted out first.
                 let dry = decide(phase, self.owner.epoch, Input::Delete { epoch, used: false });
                 let closes = dry == Ok(Transition::Delete) && phase != Phase::Failed;
-                let used = closes && !self.activity.close(idle_since);
+                let used = closes && !self.activity.close(idle_since, Closed::Deleted);
                 (Input::Delete { epoch, used }, reply)
+            }
+            Request::Hibernate { epoch, idle_since, reply } => {
+                let dry = decide(phase, self.owner.epoch, Input::Hibernate { epoch, used: false });
+                let closes = dry == Ok(Transition::Hibernate);
+                let used = closes && !self.activity.close(idle_since, Closed::Hibernated);
+                (Input::Hibernate { epoch, used }, reply)
+            }
+            Request::Wake { epoch, order, reply } => {
+                if phase == Phase::Hibernated {
+                    self.order = Some(order);
+                }
+                (Input::Wake { epoch }, reply)
             }
         };
         let decided = decide(phase, self.owner.epoch, input);
@@ -480,6 +687,19 @@ impl Task {
             if let Err(error) = self.surroundings.tombstones.lock().add(&self.owner.sandbox, epoch) {
                 warn!(%error, "cannot write down the deletion");
             }
+        }
+        // Before the caller is told, who waits for the phase after this one.
+        match decided {
+            Ok(Transition::Hibernate) => self.publish.send_modify(|status| {
+                status.phase = Phase::Hibernating;
+                status.guest = None;
+                status.store_error = None;
+            }),
+            Ok(Transition::Wake) => self.publish.send_modify(|status| {
+                status.phase = Phase::Waking;
+                status.start_error = None;
+            }),
+            _ => {}
         }
         let _ = reply.send(decided);
         decided.ok()

@@ -17,7 +17,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use oc_proto::{
     mesh::{
-        ActivateRequest, ActivateResponse, QuiesceRequest, QuiesceResponse,
+        ActivateRequest, ActivateResponse, QuiesceRequest, QuiesceResponse, WakeRequest, WakeResponse,
         guest_service_server::{GuestService, GuestServiceServer},
     },
     v1::{
@@ -56,6 +56,9 @@ pub struct World {
     pub failing_restores: AtomicUsize,
     pub failing_boots: AtomicUsize,
     pub failing_goldens: AtomicBool,
+    /// How many of the next attempts to store a VM fail, and how many stored memories are found damaged.
+    pub failing_stores: AtomicUsize,
+    pub damaged_memories: AtomicUsize,
     /// While true, goldens are waited for.
     pub golden_waits: AtomicBool,
     pub released: Notify,
@@ -67,6 +70,10 @@ pub struct World {
 #[derive(Debug, Default)]
 pub struct FakeVm {
     pub process: Option<Process>,
+    /// Grows whenever its guest may have written to it.
+    disk: usize,
+    /// What is stored of its memory: its sandbox, and the disk that it was stored with.
+    stored: Option<(String, usize)>,
 }
 
 #[derive(Clone, Debug)]
@@ -121,6 +128,11 @@ impl World {
         let vms = self.vms.lock();
         let process = vms.get(vm).and_then(|vm| vm.process.clone());
         process.filter(|p| !p.exit.is_cancelled()).ok_or_else(|| MakeError::Backend("no process".into()))
+    }
+
+    fn change<T>(&self, vm: &str, change: impl FnOnce(&mut FakeVm) -> T) -> Result<T, MakeError> {
+        let mut vms = self.vms.lock();
+        vms.get_mut(vm).map(change).ok_or_else(|| MakeError::Backend("no home".into()))
     }
 
     fn start(&self, vm: &str, paused: bool) -> Result<(), MakeError> {
@@ -222,6 +234,49 @@ impl Instance for FakeInstance {
         Ok(())
     }
 
+    async fn store(&mut self, _: bool) -> Result<u64, MakeError> {
+        self.pause().await?;
+        if take_one(&self.world.failing_stores) {
+            return Err(MakeError::Backend("the disk is full".into()));
+        }
+        let sandbox = self.world.process(&self.id)?.sandbox.lock().clone();
+        self.world.change(&self.id, |vm| vm.stored = Some((sandbox, vm.disk)))?;
+        self.world.step().await;
+        Ok(4096)
+    }
+
+    async fn release(&mut self) -> Result<(), MakeError> {
+        self.kill().await
+    }
+
+    async fn restore_stored(&mut self, _: &Kind) -> Result<(), MakeError> {
+        self.world.step().await;
+        if take_one(&self.world.damaged_memories) {
+            return Err(MakeError::Unusable("its digest is another".into()));
+        }
+        let (stored, disk) = self.world.change(&self.id, |vm| (vm.stored.clone(), vm.disk))?;
+        let Some((sandbox, stored_with)) = stored else {
+            return Err(MakeError::Unusable("there is none".into()));
+        };
+        assert_eq!(disk, stored_with, "its memory is not of its disk");
+        self.world.start(&self.id, true)?;
+        *self.world.process(&self.id)?.sandbox.lock() = sandbox;
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn boot_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {
+        self.boot(kind).await?;
+        self.world.change(&self.id, |vm| vm.disk += 1)
+    }
+
+    async fn forget_stored(&mut self) -> Result<(), MakeError> {
+        self.world.step().await;
+        self.world.change(&self.id, |vm| vm.stored = None)?;
+        self.world.step().await;
+        Ok(())
+    }
+
     async fn adopt(&mut self) -> Result<bool, MakeError> {
         Ok(self.world.process(&self.id).is_ok())
     }
@@ -229,6 +284,7 @@ impl Instance for FakeInstance {
     async fn resume(&self) -> Result<(), MakeError> {
         self.world.step().await;
         self.world.process(&self.id)?.paused.store(false, Ordering::SeqCst);
+        self.world.change(&self.id, |vm| vm.disk += 1)?;
         self.world.step().await;
         Ok(())
     }
@@ -325,6 +381,15 @@ impl GuestService for FakeGuest {
         self.world.activations.lock().push((self.vm.clone(), request));
         self.world.step().await;
         Ok(Response::new(ActivateResponse::default()))
+    }
+
+    async fn wake(&self, request: Request<WakeRequest>) -> Result<Response<WakeResponse>, Status> {
+        self.world.step().await;
+        if self.process.paused.load(Ordering::SeqCst) || self.process.exit.is_cancelled() {
+            return Err(Status::unavailable("paused or dead"));
+        }
+        assert_eq!(request.get_ref().entropy.len(), 64);
+        Ok(Response::new(WakeResponse::default()))
     }
 
     async fn quiesce(&self, _: Request<QuiesceRequest>) -> Result<Response<QuiesceResponse>, Status> {

@@ -112,6 +112,8 @@ impl Machine<'_> {
         }
         if launch.start == Start::Paused {
             arguments.extend(["-incoming".to_owned(), "defer".to_owned()]);
+            // A state of the devices alone says nothing of the machine that it is of.
+            arguments.extend(["-global".to_owned(), "migration.send-configuration=off".to_owned()]);
         }
         arguments
     }

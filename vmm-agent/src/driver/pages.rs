@@ -1,0 +1,256 @@
+//! A VM's own memory: the pages that it changed of the image that it maps, or that it ever touched where it maps none.
+//!
+//! The image is mapped privately, so what is the VM's own is exactly what is anonymous in the mapping: the kernel tells by
+//! `/proc/PID/pagemap`, and `/proc/PID/mem` reads and writes it. The VM must be paused meanwhile.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::FileExt as _,
+};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::process::Process;
+
+/// Bytes of a page of the host.
+const PAGE: u64 = 4096;
+/// Bytes of an entry of `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst).
+const ENTRY: u64 = 8;
+/// The page is in memory.
+const PRESENT: u64 = 1 << 63;
+/// The page is swapped out.
+const SWAPPED: u64 = 1 << 62;
+/// The page is a file's, or shared.
+const OF_A_FILE: u64 = 1 << 61;
+/// Bytes that are copied at a time.
+const PIECE: u64 = 1 << 20;
+
+/// Pages that follow each other: the first one's number, and how many there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run(pub u32, pub u32);
+
+impl Run {
+    fn offset(self) -> u64 {
+        u64::from(self.0) * PAGE
+    }
+
+    fn bytes(self) -> u64 {
+        u64::from(self.1) * PAGE
+    }
+}
+
+/// A guest's memory in its VMM's process.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    /// The process.
+    pub process: Process,
+    /// Where in the process it begins.
+    pub address: u64,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Which pages a file holds, one after the other, and the digest of all of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// The pages, in order.
+    pub runs: Vec<Run>,
+    /// SHA-256 of the file, hex.
+    pub sha256: String,
+}
+
+impl Pages {
+    /// What they take.
+    pub fn bytes(&self) -> u64 {
+        self.runs.iter().map(|run| run.bytes()).sum()
+    }
+
+    /// Whether they can be of a memory of `bytes`.
+    fn fit(&self, bytes: u64) -> bool {
+        let mut end = 0;
+        self.runs.iter().all(|run| {
+            let follows = run.1 > 0 && run.offset() >= end;
+            end = run.offset() + run.bytes();
+            follows && end <= bytes
+        })
+    }
+}
+
+impl GuestMemory {
+    /// Writes the VM's own pages to `file`.
+    ///
+    /// # Errors
+    ///
+    /// If the process has ended, or the file does not take them.
+    pub fn save(&self, file: &mut File) -> io::Result<Pages> {
+        let runs = self.own()?;
+        let memory = self.process.open_file("mem", OpenOptions::new().read(true))?;
+        let mut digest = Sha256::new();
+        let mut buffer = Vec::new();
+        for run in &runs {
+            for (at, length) in pieces(*run) {
+                buffer.resize(length, 0);
+                memory.read_exact_at(&mut buffer, self.address + at)?;
+                digest.update(&buffer);
+                file.write_all(&buffer)?;
+            }
+        }
+        Ok(Pages { runs, sha256: hex::encode(digest.finalize()) })
+    }
+
+    /// Makes `pages`, which `file` holds, the VM's own.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] if the file is not what was saved: then the VM is only good for being killed.
+    pub fn load(&self, file: &mut File, pages: &Pages) -> io::Result<()> {
+        let damaged = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+        if !pages.fit(self.bytes) || file.metadata()?.len() != pages.bytes() {
+            return Err(damaged("the pages do not fit the memory"));
+        }
+        let memory = self.process.open_file("mem", OpenOptions::new().write(true))?;
+        let mut digest = Sha256::new();
+        let mut buffer = Vec::new();
+        for run in &pages.runs {
+            for (at, length) in pieces(*run) {
+                buffer.resize(length, 0);
+                file.read_exact(&mut buffer)?;
+                digest.update(&buffer);
+                memory.write_all_at(&buffer, self.address + at)?;
+            }
+        }
+        match hex::encode(digest.finalize()) == pages.sha256 {
+            true => Ok(()),
+            false => Err(damaged("the pages are not those that were saved")),
+        }
+    }
+
+    fn own(&self) -> io::Result<Vec<Run>> {
+        let pagemap = self.process.open_file("pagemap", OpenOptions::new().read(true))?;
+        let pages = self.bytes / PAGE;
+        let mut entries = vec![0; usize::try_from(pages * ENTRY).map_err(io::Error::other)?];
+        pagemap.read_exact_at(&mut entries, self.address / PAGE * ENTRY)?;
+        Ok(own(&entries))
+    }
+}
+
+/// The runs of own pages by their entries.
+fn own(entries: &[u8]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (number, entry) in (0_u32..).zip(entries.as_chunks::<{ ENTRY as usize }>().0) {
+        let entry = u64::from_ne_bytes(*entry);
+        if entry & (PRESENT | SWAPPED) == 0 || entry & OF_A_FILE != 0 {
+            continue;
+        }
+        match runs.last_mut() {
+            Some(last) if last.0 + last.1 == number => last.1 += 1,
+            _ => runs.push(Run(number, 1)),
+        }
+    }
+    runs
+}
+
+/// Offset and length of each piece of a run.
+fn pieces(run: Run) -> impl Iterator<Item = (u64, usize)> {
+    let (first, end) = (run.offset(), run.offset() + run.bytes());
+    // Below PIECE.
+    (first..end).step_by(PIECE as usize).map(move |at| (at, (end - at).min(PIECE) as usize))
+}
+
+/// The digest of a file, hex.
+///
+/// # Errors
+///
+/// If it cannot be read.
+pub fn sha256_of(file: &mut File) -> io::Result<String> {
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; PIECE as usize];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex::encode(digest.finalize())),
+            read => digest.update(buffer.get(..read).unwrap_or_default()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek as _, SeekFrom};
+
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+
+    use super::*;
+
+    const PAGES: usize = 600;
+
+    /// A private mapping of `image` in this process.
+    fn map(image: &File) -> GuestMemory {
+        let length = std::num::NonZeroUsize::new(PAGES * PAGE as usize).unwrap();
+        // SAFETY: a mapping of its own, which stays until the process ends.
+        #[allow(unsafe_code)]
+        let address = unsafe {
+            mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE, image, 0)
+        };
+        let process = Process::open(i32::try_from(std::process::id()).unwrap()).unwrap();
+        let address = address.unwrap().addr().get() as u64;
+        GuestMemory { process, address, bytes: length.get() as u64 }
+    }
+
+    fn byte(memory: &GuestMemory, page: u64) -> u8 {
+        let file = memory.process.open_file("mem", OpenOptions::new().read(true)).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, memory.address + page * PAGE).unwrap();
+        byte[0]
+    }
+
+    #[tokio::test]
+    async fn what_was_changed_is_saved_and_comes_back_in_another_copy() {
+        let mut image = tempfile::tempfile().unwrap();
+        image.write_all(&vec![7; PAGES * PAGE as usize]).unwrap();
+        let (memory, other) = (map(&image), map(&image));
+        let writer = memory.process.open_file("mem", OpenOptions::new().write(true)).unwrap();
+        for (first, pages) in [(3, 1_usize), (10, 2), (100, 300), (599, 1)] {
+            writer.write_all_at(&vec![9; pages * PAGE as usize], memory.address + first * PAGE).unwrap();
+        }
+        // Read, and still the image's.
+        assert_eq!(byte(&memory, 50), 7);
+        let mut file = tempfile::tempfile().unwrap();
+        let pages = memory.save(&mut file).unwrap();
+        assert_eq!(pages.runs, [Run(3, 1), Run(10, 2), Run(100, 300), Run(599, 1)]);
+        assert_eq!(file.metadata().unwrap().len(), pages.bytes());
+
+        file.seek(SeekFrom::Start(0)).unwrap();
+        other.load(&mut file, &pages).unwrap();
+        for page in 0..PAGES as u64 {
+            assert_eq!(byte(&other, page), byte(&memory, page), "page {page}");
+        }
+        assert_eq!(other.own().unwrap(), pages.runs);
+    }
+
+    #[tokio::test]
+    async fn damaged_pages_are_told() {
+        let image = tempfile::tempfile().unwrap();
+        image.set_len(PAGES as u64 * PAGE).unwrap();
+        let memory = map(&image);
+        let writer = memory.process.open_file("mem", OpenOptions::new().write(true)).unwrap();
+        writer.write_all_at(&[1; 2 * PAGE as usize], memory.address).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        let pages = memory.save(&mut file).unwrap();
+        let refused = |file: &mut File, pages: &Pages| {
+            file.seek(SeekFrom::Start(0)).unwrap();
+            memory.load(file, pages).unwrap_err().kind()
+        };
+        for runs in
+            [vec![Run(0, 1), Run(0, 1)], vec![Run(5, 1), Run(2, 1)], vec![Run(599, 2)], vec![Run(0, 3)]]
+        {
+            let other = Pages { runs, ..pages.clone() };
+            assert_eq!(refused(&mut file, &other), io::ErrorKind::InvalidData, "{:?}", other.runs);
+        }
+        file.write_all_at(&[2], 5000).unwrap();
+        assert_eq!(refused(&mut file, &pages), io::ErrorKind::InvalidData);
+        file.set_len(PAGE).unwrap();
+        assert_eq!(refused(&mut file, &pages), io::ErrorKind::InvalidData);
+    }
+}
