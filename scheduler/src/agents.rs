@@ -8,8 +8,8 @@ use oc_mesh::{
     view::View,
 };
 use oc_proto::mesh::{
-    CreateVmRequest, CreateVmResponse, DeleteVmRequest, HostRecord, ListVmsRequest, SandboxRecord, Vm,
-    agent_service_client::AgentServiceClient,
+    CreateVmRequest, CreateVmResponse, DeleteVmRequest, HibernateVmRequest, HostRecord, ListVmsRequest,
+    SandboxRecord, Vm, WakeVmRequest, WakeVmResponse, agent_service_client::AgentServiceClient,
 };
 use thiserror::Error;
 use tonic::{Code, Request, Response, Status};
@@ -20,6 +20,10 @@ use crate::flows;
 pub const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a host may take to end one.
 const DELETE_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a host may take to store one: memory is written at the disk's pace.
+const HIBERNATE_DEADLINE: Duration = Duration::from_secs(150);
+/// How long a host may take to wake one: memory is read at the disk's pace, and if it is no good the disk is booted.
+const WAKE_DEADLINE: Duration = Duration::from_secs(110);
 /// How long a host may take to say what it has.
 const LIST_DEADLINE: Duration = Duration::from_secs(5);
 /// Pause before a call that never reached its host is repeated once: a connection to an agent that has just been
@@ -159,6 +163,50 @@ impl Agents {
             async move { agent.delete_vm(request).await }
         };
         repeated(host_id, call).await.map(|_| ())
+    }
+
+    /// Stores the record's microVM; with `if_idle_since` only if it was not used since. Returns what that takes, bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`], with `SANDBOX_ACTIVE` if it was used. After [`AgentError::Unreachable`] it may be stored.
+    pub async fn hibernate_vm(
+        &self,
+        record: &SandboxRecord,
+        if_idle_since: Option<SystemTime>,
+    ) -> Result<i64, AgentError> {
+        let request = HibernateVmRequest {
+            sandbox_id: record.sandbox_id.clone(),
+            epoch: record.epoch,
+            if_idle_since: if_idle_since.map(Into::into),
+        };
+        let agent = self.agent(&record.host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(HIBERNATE_DEADLINE, request.clone()));
+            async move { agent.hibernate_vm(request).await }
+        };
+        repeated(&record.host_id, call).await.map(|stored| stored.stored_bytes)
+    }
+
+    /// Wakes the record's microVM.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`]; after [`AgentError::Unreachable`] it may run.
+    pub async fn wake_vm(&self, record: &SandboxRecord) -> Result<WakeVmResponse, AgentError> {
+        let request = WakeVmRequest {
+            sandbox_id: record.sandbox_id.clone(),
+            epoch: record.epoch,
+            template_id: record.template_id.clone(),
+            size: record.size,
+            envs: record.envs.clone(),
+        };
+        let agent = self.agent(&record.host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(WAKE_DEADLINE, request.clone()));
+            async move { agent.wake_vm(request).await }
+        };
+        repeated(&record.host_id, call).await
     }
 
     /// What a host has.

@@ -61,6 +61,8 @@ pub enum Next {
         /// Hosts not to choose.
         avoid: Vec<String>,
     },
+    /// This, on the host that it is on, if there is room for its share.
+    Reserved(SandboxRecord),
     /// This.
     Record(SandboxRecord),
     /// Nothing: it is removed.

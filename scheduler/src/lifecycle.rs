@@ -5,27 +5,31 @@
 //! ```text
 //!             place            run                 mark_deleting              bury
 //!   draft ───────────► CREATING ─────► RUNNING ───────────────► (deleting) ────────► DELETED ──► collected
-//!                       │ ▲  │          │ ▲ │                       ▲ ▲                 ▲
-//!                 place └─┘  │     fail │ │ │ end_idle              │ │                 │
-//!                (next host) │          ▼ │ ▼                       │ │                 │
-//!                            │      FAILED│(idle end asked) ────────┼─┼── bury ─────────┤
-//!                            │          │ │ spare │                 │ │                 │
-//!                            │          │ └───────┘                 │ │                 │
-//!                            │          └──── mark_deleting ────────┘ │   bury          │
+//!                       │ ▲  │          │                           ▲ ▲                 ▲
+//!                 place └─┘  │     fail │                           │ │                 │
+//!                (next host) │          ▼                           │ │                 │
+//!                            │       FAILED ──── mark_deleting ─────┘ │   bury          │
 //!                            │          └─────────────────────────────┼─(old failures)──┘
 //!                            └──────────────── mark_deleting ─────────┘
+//!
+//!                mark_hibernating             hibernate            mark_waking            wake
+//!   RUNNING ────────────────────► (hibernating) ──────► HIBERNATED ───────────► (waking) ─────► RUNNING
+//!      ▲                                │                   ▲                       │
+//!      └──────────── spare ─────────────┘                   └───────── doze ────────┘
 //! ```
 //!
 //! - `CREATING` that nobody works on is *undone*: the record is removed. Its creator was never told of it.
 //! - `deleting` is not a state but a mark beside one: no call may use the sandbox any more, and its host is asked to end
 //!   it until it has.
-//! - *Idle end asked* is `RUNNING` with `deleted_at` set ahead. The host ends the microVM only if it is still idle, so
-//!   that a call that has just begun wins; until the host has answered, nobody can tell. Should the scheduler die in
-//!   between, a microVM that is gone was ended for idleness, not lost.
+//! - *Hibernating* and *waking* are marks, too: `RUNNING` whose host is asked to store it, and `HIBERNATED` whose host is
+//!   asked to wake it. Until the host has answered, nobody can tell which it is; should the scheduler die in between,
+//!   reconciliation asks the host. For idleness a host stores only what is still idle, so that a call that has just begun
+//!   wins.
+//! - `HIBERNATED` is on a host, too: its disk and memory are stored there.
 //! - `reserved` says whether the sandbox's share of host and quota is counted. It changes in the same transaction as
 //!   the counts; every step that clears it does so once, because it starts from a record that has it set.
 //! - The epoch grows with each placement and with deletion, and never shrinks.
-//! - `HIBERNATED` and `RESTORING` are not entered yet.
+//! - `RESTORING` is not entered yet.
 
 use std::{
     collections::HashMap,
@@ -33,7 +37,7 @@ use std::{
 };
 
 use oc_proto::{
-    mesh::{CreateVmResponse, SandboxRecord},
+    mesh::{CreateVmResponse, SandboxRecord, SandboxTransition, WakeVmResponse},
     v1::SandboxState,
 };
 use thiserror::Error;
@@ -115,11 +119,13 @@ pub fn run(
 ///
 /// # Errors
 ///
-/// [`Denied`] if it does not run.
+/// [`Denied`] if it neither runs nor is hibernated.
 pub fn fail(record: &SandboxRecord, failure: &str, now: SystemTime) -> Result<SandboxRecord, Denied> {
-    running(record)?;
+    alive(record)?;
     Ok(SandboxRecord {
         state: SandboxState::Failed.into(),
+        transition: SandboxTransition::Unspecified.into(),
+        stored_bytes: 0,
         failure: failure.into(),
         active_at: Some(now.into()),
         reserved: false,
@@ -129,37 +135,103 @@ pub fn fail(record: &SandboxRecord, failure: &str, now: SystemTime) -> Result<Sa
     })
 }
 
-/// Its idle time starts anew, with this limit.
+/// Its idle time starts anew, with this limit; that of a hibernated one when it wakes.
 ///
 /// # Errors
 ///
-/// [`Denied`] if it does not run, or its host is being asked to end it for idleness.
+/// [`Denied`] if it neither runs nor is hibernated, or its host is being asked to store it.
 pub fn set_timeout(record: &SandboxRecord, timeout: i32, now: SystemTime) -> Result<SandboxRecord, Denied> {
-    running(record)?;
-    if is_ending_idle(record) {
+    alive(record)?;
+    if record.transition() == SandboxTransition::Hibernating {
         return Err(Denied::NotReady);
     }
     Ok(SandboxRecord { timeout, active_at: Some(now.into()), ..record.clone() })
 }
 
-/// Its host is going to be asked to end it, if it is still idle.
+/// Its host is going to be asked to store it. Fine if it is marked.
 ///
 /// # Errors
 ///
 /// [`Denied`] if it does not run.
-pub fn end_idle(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, Denied> {
+pub fn mark_hibernating(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
     running(record)?;
-    Ok(SandboxRecord { deleted_at: Some(now.into()), ..record.clone() })
+    Ok(SandboxRecord { transition: SandboxTransition::Hibernating.into(), ..record.clone() })
 }
 
-/// It was in use when its host was asked to end it for idleness.
+/// It was not stored: it was in use, or its host cannot.
 ///
 /// # Errors
 ///
 /// [`Denied`] if it does not run.
 pub fn spare(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, Denied> {
     running(record)?;
-    Ok(SandboxRecord { deleted_at: None, active_at: Some(now.into()), ..record.clone() })
+    Ok(SandboxRecord {
+        transition: SandboxTransition::Unspecified.into(),
+        active_at: Some(now.into()),
+        ..record.clone()
+    })
+}
+
+/// Its host has stored it. Fine if it is hibernated.
+///
+/// # Errors
+///
+/// [`Denied`] if it neither runs nor is hibernated.
+pub fn hibernate(record: &SandboxRecord, stored_bytes: i64) -> Result<SandboxRecord, Denied> {
+    alive(record)?;
+    if record.state() == SandboxState::Hibernated {
+        return Ok(record.clone());
+    }
+    Ok(SandboxRecord {
+        state: SandboxState::Hibernated.into(),
+        transition: SandboxTransition::Unspecified.into(),
+        stored_bytes,
+        reserved: false,
+        ..record.clone()
+    })
+}
+
+/// Its host is going to be asked to wake it: its share is counted from now on. Fine if it is marked.
+///
+/// # Errors
+///
+/// [`Denied`] if it is not hibernated.
+pub fn mark_waking(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
+    hibernated(record)?;
+    Ok(SandboxRecord { transition: SandboxTransition::Waking.into(), reserved: true, ..record.clone() })
+}
+
+/// It was not woken.
+///
+/// # Errors
+///
+/// [`Denied`] if it is not hibernated.
+pub fn doze(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
+    hibernated(record)?;
+    Ok(SandboxRecord { transition: SandboxTransition::Unspecified.into(), reserved: false, ..record.clone() })
+}
+
+/// Its host has woken it.
+///
+/// # Errors
+///
+/// [`Denied`] if it is not hibernated.
+pub fn wake(
+    record: &SandboxRecord,
+    woken: &WakeVmResponse,
+    now: SystemTime,
+) -> Result<SandboxRecord, Denied> {
+    hibernated(record)?;
+    Ok(SandboxRecord {
+        state: SandboxState::Running.into(),
+        transition: SandboxTransition::Unspecified.into(),
+        accelerator: woken.accelerator.clone(),
+        start_path: woken.start_path,
+        stored_bytes: 0,
+        active_at: Some(now.into()),
+        reserved: true,
+        ..record.clone()
+    })
 }
 
 /// From here on nobody uses it. Fine if it is marked.
@@ -171,7 +243,12 @@ pub fn mark_deleting(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
     match record.state() {
         SandboxState::Deleted => Err(Denied::Deleted),
         _ if record.deleting => Ok(record.clone()),
-        _ => Ok(SandboxRecord { deleting: true, epoch: record.epoch + 1, ..record.clone() }),
+        _ => Ok(SandboxRecord {
+            deleting: true,
+            epoch: record.epoch + 1,
+            transition: SandboxTransition::Unspecified.into(),
+            ..record.clone()
+        }),
     }
 }
 
@@ -181,13 +258,12 @@ pub fn mark_deleting(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
 ///
 /// # Errors
 ///
-/// [`Denied`] unless it is marked, or failed, or its host ended it for idleness.
+/// [`Denied`] unless it is marked, or failed.
 pub fn bury(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, Denied> {
     let epoch = match record.state() {
         SandboxState::Deleted => return Err(Denied::Deleted),
         _ if record.deleting => record.epoch,
         SandboxState::Failed => record.epoch + 1,
-        SandboxState::Running if is_ending_idle(record) => record.epoch + 1,
         _ => return Err(Denied::NotReady),
     };
     Ok(SandboxRecord {
@@ -196,6 +272,7 @@ pub fn bury(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, De
         deleting: false,
         deleted_at: Some(now.into()),
         reserved: false,
+        stored_bytes: 0,
         envs: Default::default(),
         metadata: kept_metadata(record),
         ..record.clone()
@@ -213,9 +290,9 @@ pub fn is_deleted(record: &SandboxRecord) -> bool {
     record.deleting || record.state() == SandboxState::Deleted
 }
 
-/// Whether its host is being asked to end it for idleness.
-pub fn is_ending_idle(record: &SandboxRecord) -> bool {
-    record.state() == SandboxState::Running && !record.deleting && record.deleted_at.is_some()
+/// Whether its host is being asked to store it.
+pub fn is_hibernating(record: &SandboxRecord) -> bool {
+    record.state() == SandboxState::Running && record.transition() == SandboxTransition::Hibernating
 }
 
 /// When it was last used, as far as the record knows.
@@ -234,6 +311,21 @@ fn creating(record: &SandboxRecord) -> Result<(), Denied> {
         SandboxState::Creating => Ok(()),
         _ => Err(Denied::Passed),
     }
+}
+
+fn hibernated(record: &SandboxRecord) -> Result<(), Denied> {
+    match record.state() {
+        _ if is_deleted(record) => Err(Denied::Deleted),
+        SandboxState::Hibernated => Ok(()),
+        SandboxState::Failed => Err(Denied::Failed),
+        SandboxState::Running => Err(Denied::Passed),
+        _ => Err(Denied::NotReady),
+    }
+}
+
+/// Whether it runs or is hibernated.
+fn alive(record: &SandboxRecord) -> Result<(), Denied> {
+    hibernated(record).or_else(|_| running(record))
 }
 
 fn running(record: &SandboxRecord) -> Result<(), Denied> {
@@ -257,8 +349,12 @@ mod tests {
         Run,
         Fail,
         SetTimeout,
-        EndIdle,
+        MarkHibernating,
         Spare,
+        Hibernate,
+        MarkWaking,
+        Doze,
+        Wake,
         MarkDeleting,
         Bury,
     }
@@ -269,8 +365,12 @@ mod tests {
             Just(Step::Run),
             Just(Step::Fail),
             Just(Step::SetTimeout),
-            Just(Step::EndIdle),
+            Just(Step::MarkHibernating),
             Just(Step::Spare),
+            Just(Step::Hibernate),
+            Just(Step::MarkWaking),
+            Just(Step::Doze),
+            Just(Step::Wake),
             Just(Step::MarkDeleting),
             Just(Step::Bury),
         ];
@@ -294,8 +394,12 @@ mod tests {
             Step::Run => run(record, &CreateVmResponse::default(), now),
             Step::Fail => fail(record, "gone", now),
             Step::SetTimeout => set_timeout(record, 60, now),
-            Step::EndIdle => end_idle(record, now),
+            Step::MarkHibernating => mark_hibernating(record),
             Step::Spare => spare(record, now),
+            Step::Hibernate => hibernate(record, 7),
+            Step::MarkWaking => mark_waking(record),
+            Step::Doze => doze(record),
+            Step::Wake => wake(record, &WakeVmResponse::default(), now),
             Step::MarkDeleting => mark_deleting(record),
             Step::Bury => bury(record, now),
         }
@@ -315,7 +419,8 @@ mod tests {
     fn rank(record: &SandboxRecord) -> u8 {
         match record.state() {
             SandboxState::Creating => 0,
-            SandboxState::Running => 1,
+            // Back and forth.
+            SandboxState::Running | SandboxState::Hibernated => 1,
             SandboxState::Failed => 2,
             SandboxState::Deleted => 3,
             other => panic!("{other:?} is not entered"),
@@ -339,17 +444,28 @@ mod tests {
         }
 
         #[test]
-        fn a_share_is_released_exactly_once(steps in steps()) {
-            let records = play(&steps);
-            prop_assert!(records[0].reserved);
-            let releases = records.windows(2).filter(|pair| pair[0].reserved && !pair[1].reserved).count();
-            let takes = records.windows(2).filter(|pair| !pair[0].reserved && pair[1].reserved).count();
-            prop_assert_eq!(takes, 0);
-            let last = &records[records.len() - 1];
-            prop_assert_eq!(releases, usize::from(!last.reserved));
-            for record in &records {
-                let gone = matches!(record.state(), SandboxState::Failed | SandboxState::Deleted);
-                prop_assert_eq!(record.reserved, !gone);
+        fn a_share_is_counted_while_a_host_gives_it(steps in steps()) {
+            for record in play(&steps) {
+                let given = match record.state() {
+                    SandboxState::Failed | SandboxState::Deleted => false,
+                    // One that is marked while it wakes keeps its share until its host says that nothing is left.
+                    SandboxState::Hibernated if record.deleting => continue,
+                    SandboxState::Hibernated => record.transition() == SandboxTransition::Waking,
+                    _ => true,
+                };
+                prop_assert_eq!(record.reserved, given, "{:?}", record);
+            }
+        }
+
+        #[test]
+        fn a_mark_is_of_its_state(steps in steps()) {
+            for record in play(&steps) {
+                match record.transition() {
+                    SandboxTransition::Unspecified => {}
+                    SandboxTransition::Hibernating => prop_assert_eq!(record.state(), SandboxState::Running),
+                    SandboxTransition::Waking => prop_assert_eq!(record.state(), SandboxState::Hibernated),
+                }
+                prop_assert!(record.stored_bytes == 0 || record.state() == SandboxState::Hibernated);
             }
         }
 
@@ -371,13 +487,15 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_waits_for_the_end_of_an_idle_end() {
+    fn a_timeout_waits_for_the_end_of_a_hibernation() {
         let running = take(&start(), Step::Run, 1).unwrap();
-        let ending = end_idle(&running, at(2)).unwrap();
-        assert_eq!(set_timeout(&ending, 0, at(3)), Err(Denied::NotReady));
-        let spared = spare(&ending, at(4)).unwrap();
+        let marked = mark_hibernating(&running).unwrap();
+        assert_eq!(set_timeout(&marked, 0, at(3)), Err(Denied::NotReady));
+        let spared = spare(&marked, at(4)).unwrap();
         assert_eq!(set_timeout(&spared, 0, at(5)).unwrap().timeout, 0);
         assert_eq!(active_at(&spared), at(4));
+        let stored = hibernate(&marked, 1).unwrap();
+        assert_eq!(set_timeout(&stored, 60, at(5)).unwrap().timeout, 60);
     }
 
     #[test]

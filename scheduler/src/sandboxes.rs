@@ -1,5 +1,5 @@
-//! What may be done with sandboxes, for callers that are known and requests that are parsed. Creating and deleting are
-//! flows of their own: [`create`], [`delete`].
+//! What may be done with sandboxes, for callers that are known and requests that are parsed. Creating, deleting, storing
+//! and waking are flows of their own: [`create`], [`delete`], [`hibernate`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,10 +19,11 @@ use crate::{
 
 pub mod create;
 pub mod delete;
+pub mod hibernate;
 
 /// How long a list waits for its copy of the records to show what this process has answered.
 const CATCH_UP: Duration = Duration::from_secs(1);
-/// How long a new timeout waits for the answer of a host that was asked to end the sandbox for idleness.
+/// How long a new timeout waits for the answer of a host that was asked to store the sandbox.
 const SETTLE: Duration = Duration::from_secs(5);
 
 /// Everything that sandboxes are managed with.
@@ -70,15 +71,19 @@ impl Sandboxes {
     ///
     /// # Errors
     ///
-    /// [`Refusal::SandboxNotFound`]; [`Denied`] if it does not run.
+    /// [`Refusal::SandboxNotFound`]; [`Denied`] if it neither runs nor is hibernated.
     pub async fn set_timeout(&self, tenant: &str, sandbox_id: &str, timeout: i32) -> Result<(), Refusal> {
         self.find(tenant, sandbox_id).await?;
+        self.set_timeout_of(sandbox_id, timeout).await
+    }
+
+    async fn set_timeout_of(&self, sandbox_id: &str, timeout: i32) -> Result<(), Refusal> {
         let step = |record: &SandboxRecord| lifecycle::set_timeout(record, timeout, self.clock.now());
         let settled = async {
             for attempt in 0.. {
                 match self.ledger.update(sandbox_id, step).await {
-                    // Its host has just been asked to end it for idleness. Only the host knows which came first.
-                    Err(LedgerError::Denied(Denied::NotReady)) if self.is_ending_idle(sandbox_id).await => {
+                    // Its host has just been asked to store it. Only the host knows which came first.
+                    Err(LedgerError::Denied(Denied::NotReady)) if self.is_hibernating(sandbox_id).await => {
                         random::pause(Duration::from_millis(10), attempt).await;
                     }
                     settled => return settled.map(|_| ()),
@@ -90,9 +95,9 @@ impl Sandboxes {
         Ok(settled.unwrap_or_else(|_| Err(Denied::NotReady.into()))?)
     }
 
-    async fn is_ending_idle(&self, sandbox_id: &str) -> bool {
+    async fn is_hibernating(&self, sandbox_id: &str) -> bool {
         let found = self.ledger.read(sandbox_id).await;
-        found.is_ok_and(|found| found.is_some_and(|found| lifecycle::is_ending_idle(&found.record)))
+        found.is_ok_and(|found| found.is_some_and(|found| lifecycle::is_hibernating(&found.record)))
     }
 
     /// The record of a tenant's sandbox.

@@ -6,7 +6,10 @@ use oc_mesh::{
     keys, record,
     store::{Compare, Op, Revision, Store, StoreError},
 };
-use oc_proto::mesh::{HostReservation, SandboxRecord, TenantUsage};
+use oc_proto::{
+    mesh::{HostReservation, SandboxRecord, TenantUsage},
+    v1::SandboxState,
+};
 
 /// A number of sandboxes, and their memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,7 +21,7 @@ pub struct Count {
 }
 
 impl Count {
-    /// What a sandbox of this record takes, counted or not.
+    /// What a sandbox of this record takes while it runs, counted or not.
     pub fn of(record: &SandboxRecord) -> Self {
         Self { sandboxes: 1, memory_mb: i64::from(record.size.unwrap_or_default().memory_mb) }
     }
@@ -49,9 +52,17 @@ pub enum Account {
 }
 
 impl Account {
-    /// The two accounts in which a record is counted; `None` if it is not.
-    pub fn of(record: &SandboxRecord) -> Option<[Self; 2]> {
-        record.reserved.then(|| [Self::Host(record.host_id.clone()), Self::Tenant(record.tenant.clone())])
+    /// The accounts in which a record is counted, and with what. A hibernated sandbox takes nothing of its host's, and is
+    /// one of its tenant's all the same: what is stored is bounded, too.
+    pub fn of(record: &SandboxRecord) -> impl Iterator<Item = (Self, Count)> {
+        let share = Count::of(record);
+        let host = record.reserved.then(|| (Self::Host(record.host_id.clone()), share));
+        let kept = match (record.reserved, record.state()) {
+            (true, _) => Some(share),
+            (false, SandboxState::Hibernated) => Some(Count { memory_mb: 0, ..share }),
+            (false, _) => None,
+        };
+        host.into_iter().chain(kept.map(|kept| (Self::Tenant(record.tenant.clone()), kept)))
     }
 
     fn key(&self) -> String {
@@ -126,9 +137,9 @@ pub(super) async fn load_all(store: &dyn Store) -> Result<HashMap<Account, Entry
 pub(super) fn sum<'a>(records: impl Iterator<Item = &'a SandboxRecord>) -> HashMap<Account, Count> {
     let mut counts: HashMap<Account, Count> = HashMap::new();
     for record in records {
-        for account in Account::of(record).into_iter().flatten() {
+        for (account, share) in Account::of(record) {
             let count = counts.entry(account).or_default();
-            *count = count.add(Count::of(record));
+            *count = count.add(share);
         }
     }
     counts

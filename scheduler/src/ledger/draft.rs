@@ -60,15 +60,19 @@ impl<'a> Draft<'a> {
         let before = change.from.as_ref().map(|from| &from.record);
         let next = match &change.to {
             Next::Placed { record, avoid } => Some(self.place(before, record, avoid, draw)?),
+            Next::Reserved(record) => {
+                self.fits(before, record)?;
+                Some(record.clone())
+            }
             Next::Record(record) => Some(record.clone()),
             Next::Removed => None,
         };
-        for account in before.and_then(Account::of).into_iter().flatten() {
-            let count = self.count(&account).subtract(before.map(Count::of).unwrap_or_default());
+        for (account, share) in before.into_iter().flat_map(Account::of) {
+            let count = self.count(&account).subtract(share);
             self.counts.insert(account, count);
         }
-        for account in next.as_ref().and_then(Account::of).into_iter().flatten() {
-            let count = self.count(&account).add(next.as_ref().map(Count::of).unwrap_or_default());
+        for (account, share) in next.iter().flat_map(Account::of) {
+            let count = self.count(&account).add(share);
             self.counts.insert(account, count);
         }
         let key = keys::sandbox(&change.sandbox_id);
@@ -101,6 +105,21 @@ impl<'a> Draft<'a> {
         let need = Need { template_id: &record.template_id, share, avoid };
         let host = placement::place(need, &candidates, draw)?;
         Ok(lifecycle::place(record, &host.host_id)?)
+    }
+
+    /// Whether the record's own host has room for its share, and its tenant quota.
+    fn fits(&self, before: Option<&SandboxRecord>, record: &SandboxRecord) -> Result<(), LedgerError> {
+        let share = Count::of(record);
+        let tenant = Account::Tenant(record.tenant.clone());
+        let counted = before.into_iter().flat_map(Account::of).filter(|(account, _)| *account == tenant);
+        let used = counted.fold(self.count(&tenant), |used, (_, share)| used.subtract(share));
+        self.limits.quota.check(used, share)?;
+        let promised = self.count(&Account::Host(record.host_id.clone()));
+        let hosts = self.limits.hosts.iter().filter(|host| host.host_id == record.host_id);
+        let candidates: Vec<_> = hosts.map(|host| Candidate { host, promised }).collect();
+        let need = Need { template_id: &record.template_id, share, avoid: &[] };
+        placement::place(need, &candidates, &mut |_| 0)?;
+        Ok(())
     }
 
     fn count(&self, account: &Account) -> Count {

@@ -60,7 +60,9 @@ impl Job {
 
     fn bytes(&self) -> usize {
         match &self.change.to {
-            Next::Placed { record, .. } | Next::Record(record) => record.encoded_len(),
+            Next::Placed { record, .. } | Next::Reserved(record) | Next::Record(record) => {
+                record.encoded_len()
+            }
             Next::Removed => 0,
         }
     }
@@ -262,12 +264,14 @@ impl Writer {
             hosts.iter().map(|host| Account::Host(host.host_id.clone())).collect();
         for job in jobs {
             let before = job.change.from.as_ref().map(|from| &from.record);
-            touched.extend(before.and_then(Account::of).into_iter().flatten());
+            touched.extend(before.into_iter().flat_map(Account::of).map(|(account, _)| account));
             match &job.change.to {
                 Next::Placed { record, .. } => {
                     touched.insert(Account::Tenant(record.tenant.clone()));
                 }
-                Next::Record(record) => touched.extend(Account::of(record).into_iter().flatten()),
+                Next::Reserved(record) | Next::Record(record) => {
+                    touched.extend(Account::of(record).map(|(account, _)| account));
+                }
                 Next::Removed => {}
             }
         }

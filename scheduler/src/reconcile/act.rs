@@ -94,27 +94,24 @@ impl Sandboxes {
                 let _ = self.agents.delete_vm(host_id, sandbox_id, failed.record.epoch, None).await;
             }
             Action::FinishDelete => self.finish_delete(stored).await?,
-            Action::EndIdle { idle_since } => {
-                let asked = self.ledger.step(stored, |record| lifecycle::end_idle(record, now)).await?;
-                let epoch = asked.record.epoch;
-                match self.agents.delete_vm(host_id, sandbox_id, epoch, Some(*idle_since)).await {
-                    Ok(()) => {
-                        self.bury(sandbox_id).await?;
-                        tracing::info!(
-                            sandbox_id,
-                            host_id,
-                            timeout = asked.record.timeout,
-                            "idle sandbox ended"
-                        );
-                    }
-                    Err(AgentError::Refused { reason: Reason::SandboxActive, .. }) => {
-                        self.spare(asked).await?
-                    }
-                    // Until the host has answered, nobody knows. The next look goes on from here.
-                    Err(error) => return Err(error.into()),
-                }
+            Action::HibernateIdle { idle_since } => match self.store(sandbox_id, Some(*idle_since)).await {
+                Ok(_) => {}
+                // It was used since, and spared.
+                Err(Refusal::Agent(AgentError::Refused { reason: Reason::SandboxActive, .. })) => {}
+                Err(error) => return Err(error),
+            },
+            Action::Spare => {
+                self.ledger.step(stored, |record| lifecycle::spare(record, now)).await?;
             }
-            Action::Spare => self.spare(stored).await?,
+            Action::FinishHibernate { stored_bytes } => {
+                self.ledger.step(stored, |record| lifecycle::hibernate(record, *stored_bytes)).await?;
+            }
+            Action::Doze => {
+                self.ledger.step(stored, lifecycle::doze).await?;
+            }
+            Action::FinishWake => {
+                self.finish_wake(stored).await?;
+            }
             Action::Bury => {
                 self.ledger.step(stored, |record| lifecycle::bury(record, now)).await?;
             }
@@ -122,12 +119,6 @@ impl Sandboxes {
             Action::EndStray { .. } => {}
         }
         Ok(true)
-    }
-
-    async fn spare(&self, asked: Versioned) -> Result<(), Refusal> {
-        let now = self.clock.now();
-        self.ledger.step(asked, |record| lifecycle::spare(record, now)).await?;
-        Ok(())
     }
 }
 

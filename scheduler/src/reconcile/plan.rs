@@ -14,7 +14,7 @@ use std::{
 };
 
 use oc_proto::{
-    mesh::{SandboxRecord, Vm, VmState},
+    mesh::{SandboxRecord, SandboxTransition, Vm, VmState},
     v1::SandboxState,
 };
 
@@ -45,12 +45,21 @@ pub enum Action {
     /// It is marked: end the microVM, bury it.
     FinishDelete,
     /// It was idle for longer than its timeout.
-    EndIdle {
+    HibernateIdle {
         /// Spare it if it was used since then.
         idle_since: SystemTime,
     },
-    /// Its host was going to be asked to end it for idleness, but it is in use.
+    /// Its host was going to be asked to store it, but nobody does any more.
     Spare,
+    /// Its host has stored it.
+    FinishHibernate {
+        /// What that takes.
+        stored_bytes: i64,
+    },
+    /// Its host was going to be asked to wake it, but nobody does any more.
+    Doze,
+    /// Its host has woken it.
+    FinishWake,
     /// Nothing is left of it.
     Bury,
     /// It was deleted long ago: forget it.
@@ -65,8 +74,11 @@ impl Action {
             Self::Fail { .. } => "fail",
             Self::EndStray { .. } => "end_stray",
             Self::FinishDelete => "finish_delete",
-            Self::EndIdle { .. } => "end_idle",
+            Self::HibernateIdle { .. } => "hibernate_idle",
             Self::Spare => "spare",
+            Self::FinishHibernate { .. } => "finish_hibernate",
+            Self::Doze => "doze",
+            Self::FinishWake => "finish_wake",
             Self::Bury => "bury",
             Self::Collect => "collect",
         }
@@ -128,29 +140,48 @@ fn judge_placed(record: &SandboxRecord, vm: Option<&Vm>, moment: Moment) -> Opti
         SandboxState::Running => judge_running(record, vm, moment),
         // A flow works on it, or it is undone without its host.
         SandboxState::Creating => None,
-        SandboxState::Hibernated | SandboxState::Restoring | SandboxState::Unspecified => None,
+        SandboxState::Hibernated => judge_hibernated(record, vm),
+        SandboxState::Restoring | SandboxState::Unspecified => None,
     }
 }
 
 fn judge_running(record: &SandboxRecord, vm: Option<&Vm>, moment: Moment) -> Option<Action> {
-    let is_ending = lifecycle::is_ending_idle(record);
-    let Some(vm) = vm else {
-        // Asked to end it, the host has: then it was idle. Else it should be there.
-        let lost = || Action::Fail { failure: "its host has no such microVM any more".into() };
-        return Some(if is_ending { Action::Bury } else { lost() });
+    let vm = match vm {
+        None => return Some(Action::Fail { failure: "its host has no such microVM any more".into() }),
+        Some(vm) if vm.epoch != record.epoch => return judge_other_epoch(record, vm),
+        Some(vm) => vm,
     };
-    if vm.epoch != record.epoch {
-        return (vm.epoch < record.epoch).then_some(Action::EndStray { epoch: vm.epoch });
+    match vm.state() {
+        VmState::Failed => Some(lost(vm)),
+        VmState::Hibernated => Some(Action::FinishHibernate { stored_bytes: vm.stored_bytes }),
+        _ => match overdue_since(record, vm, moment.now) {
+            Some(idle_since) => Some(Action::HibernateIdle { idle_since }),
+            None => lifecycle::is_hibernating(record).then_some(Action::Spare),
+        },
     }
-    if vm.state() == VmState::Failed {
-        let failure =
-            if vm.failure.is_empty() { "its microVM is lost".to_owned() } else { vm.failure.clone() };
-        return Some(Action::Fail { failure });
+}
+
+fn judge_hibernated(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
+    let vm = match vm {
+        None => return Some(Action::Fail { failure: "its host has not stored it any more".into() }),
+        Some(vm) if vm.epoch != record.epoch => return judge_other_epoch(record, vm),
+        Some(vm) => vm,
+    };
+    match vm.state() {
+        VmState::Failed => Some(lost(vm)),
+        // Somebody has asked for it, and died.
+        VmState::Running => Some(Action::FinishWake),
+        _ => (record.transition() == SandboxTransition::Waking).then_some(Action::Doze),
     }
-    match overdue_since(record, vm, moment.now) {
-        Some(idle_since) => Some(Action::EndIdle { idle_since }),
-        None => is_ending.then_some(Action::Spare),
-    }
+}
+
+fn judge_other_epoch(record: &SandboxRecord, vm: &Vm) -> Option<Action> {
+    (vm.epoch < record.epoch).then_some(Action::EndStray { epoch: vm.epoch })
+}
+
+fn lost(vm: &Vm) -> Action {
+    let failure = if vm.failure.is_empty() { "its microVM is lost".to_owned() } else { vm.failure.clone() };
+    Action::Fail { failure }
 }
 
 /// The time since which it must have been used to be spared, if it was not.

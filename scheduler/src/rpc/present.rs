@@ -85,5 +85,7 @@ fn start_path(path: StartPath) -> &'static str {
         StartPath::Warm => "warm",
         StartPath::Clone => "clone",
         StartPath::Cold => "cold",
+        StartPath::Memory => "memory",
+        StartPath::Disk => "disk",
     }
 }

@@ -6,8 +6,9 @@ use oc_proto::{
     mesh::SandboxRecord,
     v1::{
         CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, DeleteSandboxResponse,
-        GetSandboxRequest, GetSandboxResponse, ListSandboxesRequest, ListSandboxesResponse,
-        RefreshTokenRequest, RefreshTokenResponse, SetTimeoutRequest, SetTimeoutResponse,
+        GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse,
+        ListSandboxesRequest, ListSandboxesResponse, RefreshTokenRequest, RefreshTokenResponse,
+        SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse,
         sandbox_service_server::SandboxService,
     },
 };
@@ -102,6 +103,32 @@ impl SandboxService for SandboxRpc {
         let caller = key_caller(&request)?;
         self.sandboxes.delete(&caller.tenant, &request.get_ref().sandbox_id).await?;
         Ok(Response::new(DeleteSandboxResponse {}))
+    }
+
+    async fn hibernate_sandbox(
+        &self,
+        request: Request<HibernateSandboxRequest>,
+    ) -> Result<Response<HibernateSandboxResponse>, Status> {
+        let caller = sandbox_caller(&request, &request.get_ref().sandbox_id)?;
+        let record = self.sandboxes.hibernate(&caller.tenant, &request.get_ref().sandbox_id).await?;
+        Ok(Response::new(HibernateSandboxResponse {
+            state: record.state,
+            size_bytes: record.stored_bytes,
+            hibernation_key: format!("{}/{}/{}", record.host_id, record.sandbox_id, record.epoch),
+            sandbox_id: record.sandbox_id,
+        }))
+    }
+
+    async fn wake_sandbox(
+        &self,
+        request: Request<WakeSandboxRequest>,
+    ) -> Result<Response<WakeSandboxResponse>, Status> {
+        let caller = sandbox_caller(&request, &request.get_ref().sandbox_id)?;
+        let WakeSandboxRequest { sandbox_id, timeout } = request.into_inner();
+        let timeout = timeout.map(validate::timeout).transpose().map_err(Refusal::from)?;
+        let record = self.sandboxes.wake(&caller.tenant, &sandbox_id, timeout).await?;
+        let sandbox = self.presenter.show(&record, &caller, self.sandboxes.clock.now())?;
+        Ok(Response::new(WakeSandboxResponse { sandbox: Some(sandbox) }))
     }
 
     async fn set_timeout(

@@ -91,7 +91,7 @@ fn a_microvm_newer_than_the_record_is_left_alone() {
 #[test]
 fn idleness_is_counted_from_the_last_use_or_the_last_timeout() {
     let running = record(SandboxState::Running, 1);
-    assert_eq!(judged(Some(&running), Some(&vm(VmState::Running, 1, 0)), 61), Some("end_idle"));
+    assert_eq!(judged(Some(&running), Some(&vm(VmState::Running, 1, 0)), 61), Some("hibernate_idle"));
     assert_eq!(judged(Some(&running), Some(&vm(VmState::Running, 1, 30)), 61), None);
     let renewed = SandboxRecord { active_at: Some(at(30).into()), ..running.clone() };
     assert_eq!(judged(Some(&renewed), Some(&vm(VmState::Running, 1, 0)), 61), None);
@@ -100,11 +100,28 @@ fn idleness_is_counted_from_the_last_use_or_the_last_timeout() {
 }
 
 #[test]
-fn an_idle_end_that_was_asked_for_is_settled_by_what_the_host_has() {
-    let ending = lifecycle::end_idle(&record(SandboxState::Running, 1), at(61)).unwrap();
-    assert_eq!(judged(Some(&ending), None, 62), Some("bury"));
-    assert_eq!(judged(Some(&ending), Some(&vm(VmState::Running, 1, 61)), 62), Some("spare"));
-    assert_eq!(judged(Some(&ending), Some(&vm(VmState::Running, 1, 0)), 62), Some("end_idle"));
+fn a_hibernation_that_nobody_finishes_is_settled_by_what_the_host_has() {
+    let marked = lifecycle::mark_hibernating(&record(SandboxState::Running, 1)).unwrap();
+    assert_eq!(judged(Some(&marked), None, 62), Some("fail"));
+    assert_eq!(judged(Some(&marked), Some(&vm(VmState::Running, 1, 61)), 62), Some("spare"));
+    assert_eq!(judged(Some(&marked), Some(&vm(VmState::Running, 1, 0)), 62), Some("hibernate_idle"));
+    assert_eq!(judged(Some(&marked), Some(&vm(VmState::Hibernated, 1, 0)), 62), Some("finish_hibernate"));
+    let hibernated = lifecycle::hibernate(&marked, 1).unwrap();
+    assert_eq!(judged(Some(&hibernated), Some(&vm(VmState::Hibernated, 1, 0)), 1_000_000), None);
+    assert_eq!(judged(Some(&hibernated), None, 62), Some("fail"));
+}
+
+#[test]
+fn a_wake_that_nobody_finishes_is_settled_by_what_the_host_has() {
+    let marked = lifecycle::mark_waking(&record(SandboxState::Hibernated, 1)).unwrap();
+    assert_eq!(judged(Some(&marked), Some(&vm(VmState::Running, 1, 0)), 62), Some("finish_wake"));
+    assert_eq!(judged(Some(&marked), Some(&vm(VmState::Hibernated, 1, 0)), 62), Some("doze"));
+    assert_eq!(judged(Some(&marked), Some(&vm(VmState::Failed, 1, 0)), 62), Some("fail"));
+    // A request that was late on its way.
+    let hibernated = lifecycle::doze(&marked).unwrap();
+    assert_eq!(judged(Some(&hibernated), Some(&vm(VmState::Running, 1, 0)), 62), Some("finish_wake"));
+    let running = record(SandboxState::Running, 1);
+    assert_eq!(judged(Some(&running), Some(&vm(VmState::Hibernated, 1, 0)), 62), Some("finish_hibernate"));
 }
 
 #[test]
@@ -181,16 +198,23 @@ impl World {
                 self.end(epoch);
                 write(&mut self.record, &|r| lifecycle::bury(r, now));
             }
-            Action::EndIdle { idle_since } => {
-                write(&mut self.record, &|r| lifecycle::end_idle(r, now));
-                let used = lifecycle::time(self.vm.as_ref().unwrap().active_at);
-                if used > idle_since {
+            Action::HibernateIdle { idle_since } => {
+                write(&mut self.record, &lifecycle::mark_hibernating);
+                let vm = self.vm.as_mut().unwrap();
+                if lifecycle::time(vm.active_at) > idle_since {
                     write(&mut self.record, &|r| lifecycle::spare(r, now));
                 } else {
-                    self.end(self.vm.as_ref().unwrap().epoch);
-                    write(&mut self.record, &|r| lifecycle::bury(r, now));
+                    vm.state = VmState::Hibernated.into();
+                    write(&mut self.record, &|r| lifecycle::hibernate(r, 1));
                 }
             }
+            Action::FinishHibernate { stored_bytes } => {
+                write(&mut self.record, &|r| lifecycle::hibernate(r, stored_bytes));
+            }
+            Action::FinishWake => {
+                write(&mut self.record, &|r| lifecycle::wake(r, &Default::default(), now));
+            }
+            Action::Doze => write(&mut self.record, &lifecycle::doze),
             Action::Spare => write(&mut self.record, &|r| lifecycle::spare(r, now)),
             Action::Bury => write(&mut self.record, &|r| lifecycle::bury(r, now)),
         }
@@ -210,6 +234,11 @@ impl World {
             (Some(record), vm) if record.state() == SandboxState::Running => {
                 vm.as_ref().is_some_and(|vm| vm.state() == VmState::Running && vm.epoch == record.epoch)
             }
+            (Some(record), vm) if record.state() == SandboxState::Hibernated => {
+                vm.as_ref().is_some_and(|vm| vm.state() == VmState::Hibernated && vm.epoch == record.epoch)
+                    && record.transition() == SandboxTransition::Unspecified
+                    && !record.reserved
+            }
             (Some(record), vm) => {
                 vm.is_none()
                     && !record.deleting
@@ -224,22 +253,29 @@ fn worlds() -> impl Strategy<Value = World> {
     let states = prop::sample::select(vec![
         SandboxState::Creating,
         SandboxState::Running,
+        SandboxState::Hibernated,
         SandboxState::Failed,
         SandboxState::Deleted,
     ]);
     let record = (states, 1..4_u64, any::<bool>(), any::<bool>(), 0..100_u64).prop_map(
-        |(state, epoch, deleting, ending, active)| {
+        |(state, epoch, deleting, is_marked, active)| {
             let is_deleted = state == SandboxState::Deleted;
-            SandboxRecord {
+            let record = SandboxRecord {
                 deleting: deleting && !is_deleted,
-                deleted_at: (is_deleted || (ending && state == SandboxState::Running))
-                    .then(|| at(100).into()),
+                deleted_at: is_deleted.then(|| at(100).into()),
                 active_at: Some(at(active).into()),
                 ..record(state, epoch)
-            }
+            };
+            let marked = match state {
+                _ if !is_marked => None,
+                SandboxState::Running => lifecycle::mark_hibernating(&record).ok(),
+                SandboxState::Hibernated => lifecycle::mark_waking(&record).ok(),
+                _ => None,
+            };
+            marked.unwrap_or(record)
         },
     );
-    let vm_states = prop::sample::select(vec![VmState::Running, VmState::Failed]);
+    let vm_states = prop::sample::select(vec![VmState::Running, VmState::Hibernated, VmState::Failed]);
     let vm = (vm_states, 1..4_u64, 0..100_u64).prop_map(|(state, epoch, used)| vm(state, epoch, used));
     (prop::option::of(record), prop::option::of(vm))
         .prop_filter("no host holds what no record ever said", |(record, vm)| match (record, vm) {

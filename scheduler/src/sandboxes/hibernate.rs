@@ -1,0 +1,172 @@
+//! Storing a sandbox, and waking it.
+//!
+//! ```text
+//!   mark hibernating ─► host stores the microVM ─► write HIBERNATED, release the share ─► answer
+//!                          └─ refuses ─► unmark ─► refuse
+//!   mark waking, count the share ─► host wakes it ─► write RUNNING ─► answer
+//!                                      └─ refuses ─► unmark, release the share ─► refuse
+//! ```
+//!
+//! A host that does not answer leaves the mark: what became of it is found out by [reconciliation](crate::reconcile). Any
+//! number may wake a sandbox at once: the first one marks it, and on its host all of them wait for the same restore.
+
+use std::time::{Duration, SystemTime};
+
+use oc_proto::{
+    mesh::{SandboxRecord, SandboxTransition},
+    v1::SandboxState,
+};
+
+use super::Sandboxes;
+use crate::{
+    agents::AgentError,
+    ledger::{Change, LedgerError, Next, Versioned},
+    lifecycle::{self, Denied},
+    random,
+    refusal::Refusal,
+};
+
+/// How long a wake waits for a hibernation that is under way, and for others that change the record.
+const WAKE_WITHIN: Duration = Duration::from_secs(150);
+
+impl Sandboxes {
+    /// Stores a tenant's sandbox and returns its record. Fine if it is hibernated.
+    ///
+    /// May be given up on: it is stored all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::SandboxNotFound`], for another tenant's too; [`Denied`]; the host's reason.
+    pub async fn hibernate(&self, tenant: &str, sandbox_id: &str) -> Result<SandboxRecord, Refusal> {
+        let found = self.find(tenant, sandbox_id).await?;
+        let (this, sandbox_id) = (self.clone(), found.record.sandbox_id);
+        let flow = async move { this.store(&sandbox_id, None).await };
+        self.flows.run(flow, async |_| ()).await.unwrap_or(Err(Refusal::Stopping))
+    }
+
+    /// Marks a sandbox and stores it; with `if_idle_since` only if it was not used since.
+    pub(crate) async fn store(
+        &self,
+        sandbox_id: &str,
+        if_idle_since: Option<SystemTime>,
+    ) -> Result<SandboxRecord, Refusal> {
+        // Before the mark, so that reconciliation does not take it for one that nobody works on.
+        let _live = self.flows.enter(sandbox_id);
+        let marked = match self.ledger.update(sandbox_id, lifecycle::mark_hibernating).await {
+            Err(LedgerError::Denied(Denied::NotReady)) => {
+                let found = self.ledger.read(sandbox_id).await?.ok_or(Refusal::SandboxNotFound)?.record;
+                // A wake that is under way is younger than this.
+                let is_stored = found.state() == SandboxState::Hibernated
+                    && found.transition() == SandboxTransition::Unspecified;
+                return if is_stored { Ok(found) } else { Err(Denied::NotReady.into()) };
+            }
+            marked => marked?,
+        };
+        match self.agents.hibernate_vm(&marked.record, if_idle_since).await {
+            Ok(stored_bytes) => {
+                let step = |record: &SandboxRecord| lifecycle::hibernate(record, stored_bytes);
+                let stored = self.ledger.update(sandbox_id, step).await?.record;
+                let is_idle = if_idle_since.is_some();
+                tracing::info!(sandbox_id, stored_bytes, is_idle, "sandbox hibernated");
+                Ok(stored)
+            }
+            // Nobody knows what became of it. Reconciliation asks.
+            Err(error @ (AgentError::Unreachable { .. } | AgentError::NotMember(_))) => Err(error.into()),
+            Err(error) => {
+                let now = self.clock.now();
+                match self.ledger.update(sandbox_id, |record| lifecycle::spare(record, now)).await {
+                    Ok(_) | Err(LedgerError::Denied(_)) => Err(error.into()),
+                    Err(failed) => Err(failed.into()),
+                }
+            }
+        }
+    }
+
+    /// Wakes a tenant's sandbox and returns its record, running, with the idle timeout `timeout` if there is one. Fine if
+    /// it runs.
+    ///
+    /// May be given up on: it wakes all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::SandboxNotFound`], for another tenant's too; [`Denied`]; quota, capacity; the host's reason.
+    pub async fn wake(
+        &self,
+        tenant: &str,
+        sandbox_id: &str,
+        timeout: Option<i32>,
+    ) -> Result<SandboxRecord, Refusal> {
+        let found = self.find(tenant, sandbox_id).await?;
+        let (this, sandbox_id) = (self.clone(), found.record.sandbox_id);
+        let flow = async move {
+            if let Some(timeout) = timeout {
+                this.set_timeout_of(&sandbox_id, timeout).await?;
+            }
+            let woken = tokio::time::timeout(WAKE_WITHIN, this.rouse(&sandbox_id)).await;
+            woken.unwrap_or_else(|_| Err(Denied::NotReady.into()))
+        };
+        self.flows.run(flow, async |_| ()).await.unwrap_or(Err(Refusal::Stopping))
+    }
+
+    /// Wakes a sandbox, whatever others do with it meanwhile.
+    pub(crate) async fn rouse(&self, sandbox_id: &str) -> Result<SandboxRecord, Refusal> {
+        let _live = self.flows.enter(sandbox_id);
+        for attempt in 0.. {
+            let found = self.ledger.read(sandbox_id).await?.ok_or(Refusal::SandboxNotFound)?;
+            let record = &found.record;
+            if lifecycle::is_deleted(record) {
+                return Err(Denied::Deleted.into());
+            }
+            match (record.state(), record.transition()) {
+                (SandboxState::Failed, _) => return Err(Denied::Failed.into()),
+                // Its host knows when it is stored, and wakes it then.
+                (SandboxState::Running, SandboxTransition::Hibernating) => {}
+                (SandboxState::Running, _) => return Ok(found.record),
+                (SandboxState::Hibernated, SandboxTransition::Waking) => {
+                    return self.finish_wake(found).await;
+                }
+                (SandboxState::Hibernated, _) => {
+                    let marked = lifecycle::mark_waking(record)?;
+                    let change = Change {
+                        sandbox_id: sandbox_id.into(),
+                        from: Some(found),
+                        to: Next::Reserved(marked),
+                    };
+                    match self.ledger.write(change).await {
+                        Ok(marked) => return self.finish_wake(marked).await,
+                        Err(LedgerError::Conflict) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                _ => return Err(Denied::NotReady.into()),
+            }
+            random::pause(Duration::from_millis(5), attempt).await;
+        }
+        Err(Denied::NotReady.into())
+    }
+
+    /// Wakes a marked sandbox.
+    pub(crate) async fn finish_wake(&self, marked: Versioned) -> Result<SandboxRecord, Refusal> {
+        let sandbox_id = marked.record.sandbox_id.as_str();
+        match self.agents.wake_vm(&marked.record).await {
+            Ok(woken) => {
+                let now = self.clock.now();
+                let step = |record: &SandboxRecord| match lifecycle::wake(record, &woken, now) {
+                    // Another one who waited for the same restore was quicker.
+                    Err(Denied::Passed) => Ok(record.clone()),
+                    stepped => stepped,
+                };
+                let record = self.ledger.update(sandbox_id, step).await?.record;
+                let path = record.start_path().as_str_name();
+                tracing::info!(sandbox_id, start_path = path, "sandbox woken");
+                Ok(record)
+            }
+            // Nobody knows what became of it. Reconciliation asks.
+            Err(error @ (AgentError::Unreachable { .. } | AgentError::NotMember(_))) => Err(error.into()),
+            Err(error) => match self.ledger.update(sandbox_id, lifecycle::doze).await {
+                Ok(_) | Err(LedgerError::Denied(_)) => Err(error.into()),
+                Err(failed) => Err(failed.into()),
+            },
+        }
+    }
+}
