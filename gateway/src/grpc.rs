@@ -22,7 +22,7 @@ use crate::{
     exchange::Exchange,
     failure::presentable,
     surface::{Backend, Rpc},
-    upstream::trusted_headers,
+    upstream::{Patience, trusted_headers},
 };
 
 /// Whether a request is a gRPC call.
@@ -71,9 +71,11 @@ async fn pass_through(
         sandbox = Some(named);
         body = replayed;
     }
-    let channel = app.upstreams.choose(rpc, &identity, sandbox.as_deref()).await?;
+    let trusted = trusted_headers(&app.caller(&identity, exchange), sandbox.as_deref());
+    let patience = Patience::of(&parts.headers);
+    let channel = app.upstreams.choose(rpc, &identity, sandbox.as_deref(), &trusted, patience).await?;
     make_trusted(&mut parts.headers);
-    parts.headers.extend(trusted_headers(&app.caller(&identity, exchange), sandbox.as_deref()));
+    parts.headers.extend(trusted);
     Ok(relay::relay(channel, Request::from_parts(parts, body), ()).await)
 }
 

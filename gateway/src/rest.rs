@@ -18,7 +18,7 @@ use std::{sync::Arc, time::Duration};
 use http::{Request, Response, request::Parts};
 use oc_mesh::{
     channel::ClientChannel,
-    error::{Reason, status},
+    error::{Reason, reason_of, status},
 };
 use prost_reflect::{DynamicMessage, FieldDescriptor};
 use tonic::{Status, body::Body as HttpBody};
@@ -36,7 +36,7 @@ use crate::{
         route::{Body, Match, Route, Routes},
     },
     surface::{Surface, SurfaceError},
-    upstream::{self, trusted_headers},
+    upstream::{self, Patience, trusted_headers},
 };
 
 /// How long a call with one answer may take. Creating a sandbox by a cold boot is the slowest.
@@ -104,16 +104,16 @@ impl Call<'_> {
             }
         }
         match self.route.request_body.clone() {
-            Body::Raw(field) => self.upload(&identity, &field, query, body).await,
+            Body::Raw(field) => self.upload(&identity, &field, parts, body).await,
             _ => {
                 let read = request::with_body(self.app, &self.route, &self.path, query, body);
                 let (message, held) = timed(Some(DEADLINE), read).await?;
-                let sent = Sent::new(&self, &identity, &message).await?;
+                let sent = Sent::new(&self, &identity, &message, Patience::of(&parts.headers)).await?;
                 match self.route.response_body.clone() {
                     Body::Raw(field) => {
                         // Bounds the wait for the first byte; the others come as fast as they are read.
                         timed(Some(DEADLINE), async {
-                            let answers = sent.call(None, upstream::one_message(&message)).await?;
+                            let answers = sent.call_with(None, &message).await?;
                             let answers = upstream::messages(&self.route.rpc, answers);
                             download::answer(self.route.rpc.success, &message, &field, answers).await
                         })
@@ -138,11 +138,9 @@ impl Call<'_> {
         let app = Arc::clone(self.app);
         let route = self.route;
         let call = async move {
-            let body = upstream::one_message(&message);
-            drop(message);
-            let answer = sent.call(deadline, body).await?;
+            let answer = sent.call_with(deadline, &message).await?;
             // Whoever answers has read the request.
-            drop(held);
+            drop((message, held));
             show(&app, &route, answer).await
         };
         if slow {
@@ -157,11 +155,11 @@ impl Call<'_> {
         self,
         identity: &Identity,
         field: &FieldDescriptor,
-        query: Option<&str>,
+        parts: &Parts,
         body: HttpBody,
     ) -> Result<Response<HttpBody>, Status> {
-        let head = request::without_body(&self.app.rest.json, &self.route, &self.path, query)?;
-        let sent = Sent::new(&self, identity, &head).await?;
+        let head = request::without_body(&self.app.rest.json, &self.route, &self.path, parts.uri.query())?;
+        let sent = Sent::new(&self, identity, &head, Patience::of(&parts.headers)).await?;
         let broken = upload::Broken::default();
         let progress = Progress::default();
         let body = upload::stream(&head, field, body, Arc::clone(&broken), progress.clone());
@@ -178,13 +176,21 @@ impl Call<'_> {
 
 /// A call that is authorised and has somewhere to go.
 struct Sent {
+    app: Arc<App>,
     channel: ClientChannel,
     headers: http::HeaderMap,
     route: Arc<Route>,
+    sandbox: Option<String>,
+    patience: Patience,
 }
 
 impl Sent {
-    async fn new(call: &Call<'_>, identity: &Identity, message: &DynamicMessage) -> Result<Self, Status> {
+    async fn new(
+        call: &Call<'_>,
+        identity: &Identity,
+        message: &DynamicMessage,
+        patience: Patience,
+    ) -> Result<Self, Status> {
         let rpc = &call.route.rpc;
         let named = rpc.sandbox_field.as_ref().map(|field| message.get_field(field));
         let sandbox = named.as_deref().and_then(prost_reflect::Value::as_str);
@@ -192,14 +198,42 @@ impl Sent {
             identity.may_name(sandbox)?;
             call.exchange.set_sandbox(sandbox);
         }
-        let channel = call.app.upstreams.choose(rpc, identity, sandbox).await?;
         let headers = trusted_headers(&call.app.caller(identity, call.exchange), sandbox);
-        Ok(Self { channel, headers, route: Arc::clone(&call.route) })
+        let channel = call.app.upstreams.choose(rpc, identity, sandbox, &headers, patience).await?;
+        Ok(Self {
+            app: Arc::clone(call.app),
+            channel,
+            headers,
+            route: Arc::clone(&call.route),
+            sandbox: sandbox.map(str::to_owned),
+            patience,
+        })
     }
 
-    async fn call(self, deadline: Option<Duration>, body: HttpBody) -> Result<HttpBody, Status> {
-        upstream::call(self.channel, &self.route.rpc, self.headers, deadline, body).await
+    async fn call(&self, deadline: Option<Duration>, body: HttpBody) -> Result<HttpBody, Status> {
+        let (channel, headers) = (self.channel.clone(), self.headers.clone());
+        upstream::call(channel, &self.route.rpc, headers, deadline, body).await
     }
+
+    /// Sends one message; once more if its sandbox hibernated on the way there, and nothing was done with it.
+    async fn call_with(
+        &self,
+        deadline: Option<Duration>,
+        message: &DynamicMessage,
+    ) -> Result<HttpBody, Status> {
+        let answer = self.call(deadline, upstream::one_message(message)).await;
+        match (&answer, &self.sandbox) {
+            (Err(error), Some(sandbox)) if is_hibernated(error) => {
+                self.app.upstreams.wake(sandbox, &self.headers, self.patience).await?;
+                self.call(deadline, upstream::one_message(message)).await
+            }
+            _ => answer,
+        }
+    }
+}
+
+fn is_hibernated(error: &Status) -> bool {
+    reason_of(error).is_some_and(|reason| reason == Reason::SandboxHibernated.as_str())
 }
 
 /// Reads the answer and shows it as JSON.

@@ -10,10 +10,19 @@ use oc_mesh::{
     view::View,
 };
 use oc_proto::{
-    mesh::{HostRecord, SandboxRecord},
+    mesh::{HostRecord, SandboxRecord, SandboxTransition},
     v1::SandboxState,
 };
 use tonic::Status;
+
+/// Where a sandbox is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// On the host that listens here.
+    Host(String),
+    /// Hibernated, or about to be: it has to be woken first.
+    Hibernated,
+}
 
 /// What the gateway knows of sandboxes and hosts.
 #[derive(Debug)]
@@ -30,18 +39,30 @@ impl Sandboxes {
         Self { store, records, hosts }
     }
 
-    /// Where the host of a tenant's sandbox listens.
+    /// Where a tenant's sandbox is.
     ///
     /// # Errors
     /// `SANDBOX_NOT_FOUND`, also for another tenant's; `SANDBOX_DELETED`, `SANDBOX_FAILED`, `SANDBOX_NOT_READY`;
     /// `HOST_UNAVAILABLE`.
-    pub async fn host_of(&self, tenant: &str, sandbox_id: &str) -> Result<String, Status> {
+    pub async fn find(&self, tenant: &str, sandbox_id: &str) -> Result<Whereabouts, Status> {
         let copied = self.records.get(sandbox_id).filter(|record| is_settled(record));
         let host_id = match copied {
             Some(record) => usable(&record, tenant)?,
             None => usable(&self.stored(sandbox_id).await?.ok_or_else(not_found)?, tenant)?,
         };
-        self.endpoint(&host_id).await
+        match host_id {
+            Some(host_id) => Ok(Whereabouts::Host(self.endpoint(&host_id).await?)),
+            None => Ok(Whereabouts::Hibernated),
+        }
+    }
+
+    /// Where the host of a sandbox listens that has just been woken, whatever our copy of its record says yet.
+    ///
+    /// # Errors
+    /// `HOST_UNAVAILABLE`; `SANDBOX_NOT_FOUND` if it is gone again.
+    pub async fn host_of_woken(&self, sandbox_id: &str) -> Result<String, Status> {
+        let record = self.stored(sandbox_id).await?.ok_or_else(not_found)?;
+        self.endpoint(&record.host_id).await
     }
 
     async fn stored(&self, sandbox_id: &str) -> Result<Option<SandboxRecord>, Status> {
@@ -83,19 +104,23 @@ fn could_be_an_id(text: &str) -> bool {
 /// Whether a copy of this record may be believed: nothing that is about to change.
 fn is_settled(record: &SandboxRecord) -> bool {
     matches!(record.state(), SandboxState::Running | SandboxState::Deleted | SandboxState::Failed)
+        && record.transition() == SandboxTransition::Unspecified
 }
 
-/// The host that a sandbox's calls may go to.
-fn usable(record: &SandboxRecord, tenant: &str) -> Result<String, Status> {
+/// The host that a sandbox's calls may go to; `None` if it has to be woken first.
+fn usable(record: &SandboxRecord, tenant: &str) -> Result<Option<String>, Status> {
     if record.tenant != tenant {
         return Err(not_found());
     }
     if record.deleting || record.state() == SandboxState::Deleted {
         return Err(status(Reason::SandboxDeleted, "the sandbox has been deleted"));
     }
-    match record.state() {
-        SandboxState::Running => Ok(record.host_id.clone()),
-        SandboxState::Failed => Err(status(Reason::SandboxFailed, "the sandbox is lost: its microVM failed")),
+    match (record.state(), record.transition()) {
+        (SandboxState::Hibernated, _) | (SandboxState::Running, SandboxTransition::Hibernating) => Ok(None),
+        (SandboxState::Running, _) => Ok(Some(record.host_id.clone())),
+        (SandboxState::Failed, _) => {
+            Err(status(Reason::SandboxFailed, "the sandbox is lost: its microVM failed"))
+        }
         _ => Err(status(Reason::SandboxNotReady, "the sandbox is not ready yet")),
     }
 }
@@ -106,7 +131,7 @@ mod tests {
 
     use super::*;
 
-    fn verdict(state: SandboxState, deleting: bool, tenant: &str) -> Result<String, String> {
+    fn verdict(state: SandboxState, deleting: bool, tenant: &str) -> Result<Option<String>, String> {
         let record = SandboxRecord {
             tenant: "ours".into(),
             state: state.into(),
@@ -119,15 +144,20 @@ mod tests {
 
     #[test]
     fn only_a_running_sandbox_of_the_tenant_is_usable() {
-        assert_eq!(verdict(SandboxState::Running, false, "ours"), Ok("h".into()));
+        assert_eq!(verdict(SandboxState::Running, false, "ours"), Ok(Some("h".into())));
         assert_eq!(verdict(SandboxState::Running, true, "ours"), Err("SANDBOX_DELETED".into()));
         assert_eq!(verdict(SandboxState::Deleted, false, "ours"), Err("SANDBOX_DELETED".into()));
         assert_eq!(verdict(SandboxState::Failed, false, "ours"), Err("SANDBOX_FAILED".into()));
         assert_eq!(verdict(SandboxState::Creating, false, "ours"), Err("SANDBOX_NOT_READY".into()));
-        assert_eq!(verdict(SandboxState::Hibernated, false, "ours"), Err("SANDBOX_NOT_READY".into()));
-        for state in
-            [SandboxState::Running, SandboxState::Deleted, SandboxState::Failed, SandboxState::Creating]
-        {
+        assert_eq!(verdict(SandboxState::Hibernated, false, "ours"), Ok(None));
+        assert_eq!(verdict(SandboxState::Hibernated, true, "ours"), Err("SANDBOX_DELETED".into()));
+        for state in [
+            SandboxState::Running,
+            SandboxState::Hibernated,
+            SandboxState::Deleted,
+            SandboxState::Failed,
+            SandboxState::Creating,
+        ] {
             assert_eq!(verdict(state, false, "theirs"), Err("SANDBOX_NOT_FOUND".into()));
         }
     }

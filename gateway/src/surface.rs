@@ -47,8 +47,10 @@ const SERVICES: &[(&str, Access, Backend)] = &[
 /// RPCs of a service for tenants that a sandbox's token is enough for, too.
 const TOKEN_SUFFICES: &[&str] = &[
     "oc.v1.SandboxService.GetSandbox",
+    "oc.v1.SandboxService.HibernateSandbox",
     "oc.v1.SandboxService.RefreshToken",
     "oc.v1.SandboxService.SetTimeout",
+    "oc.v1.SandboxService.WakeSandbox",
 ];
 
 /// Why the contract cannot be served. Found at start: a fault of the build, not of its surroundings.

@@ -1,6 +1,7 @@
 //! The parts behind the gateway: how one is chosen for a call, and how a call that was made out of REST is sent.
 
 pub mod answer;
+mod waking;
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -28,9 +29,12 @@ use tower::{BoxError, Service as _, ServiceExt as _};
 
 use crate::{
     auth::Identity,
-    sandboxes::Sandboxes,
+    sandboxes::{Sandboxes, Whereabouts},
     surface::{Backend, Rpc},
+    upstream::waking::Waking,
 };
+
+pub use self::waking::Patience;
 
 /// Largest message of a stream of answers.
 const MAX_PART_BYTES: usize = 4 << 20;
@@ -45,33 +49,63 @@ pub struct Upstreams {
     sandboxes: Sandboxes,
     channels: Channels,
     turn: AtomicUsize,
+    waking: Waking,
 }
 
 impl Upstreams {
     /// Schedulers and hosts, as their records name them.
     #[must_use]
     pub fn new(schedulers: View<SchedulerRecord>, sandboxes: Sandboxes) -> Self {
-        Self { schedulers, sandboxes, channels: Channels::new(), turn: AtomicUsize::new(0) }
+        let (channels, turn, waking) = (Channels::new(), AtomicUsize::new(0), Waking::default());
+        Self { schedulers, sandboxes, channels, turn, waking }
     }
 
-    /// A channel to whoever answers this RPC.
+    /// A channel to whoever answers this RPC. A hibernated sandbox is woken first, on behalf of the caller whom
+    /// `headers` name.
     ///
     /// # Errors
-    /// The sandbox cannot be used by this caller or at all (see [`Sandboxes::host_of`]); `HOST_UNAVAILABLE`.
+    /// The sandbox cannot be used by this caller or at all (see [`Sandboxes::find`]), or does not wake;
+    /// `SANDBOX_WAKING` for one without patience; `HOST_UNAVAILABLE`.
     pub async fn choose(
         &self,
         rpc: &Rpc,
         identity: &Identity,
         sandbox_id: Option<&str>,
+        headers: &HeaderMap,
+        patience: Patience,
     ) -> Result<ClientChannel, Status> {
         let endpoint = match rpc.backend {
             Backend::Scheduler => self.scheduler()?,
             Backend::Host => {
                 let sandbox_id = sandbox_id.filter(|id| !id.is_empty()).ok_or_else(no_sandbox)?;
-                self.sandboxes.host_of(identity.tenant(), sandbox_id).await?
+                match self.sandboxes.find(identity.tenant(), sandbox_id).await? {
+                    Whereabouts::Host(endpoint) => endpoint,
+                    Whereabouts::Hibernated => {
+                        self.wake(sandbox_id, headers, patience).await?;
+                        self.sandboxes.host_of_woken(sandbox_id).await?
+                    }
+                }
             }
         };
-        self.channels.get(&endpoint).map_err(|error| {
+        self.channel(&endpoint)
+    }
+
+    /// Wakes a sandbox on behalf of the caller whom `headers` name, and waits for it with patience.
+    ///
+    /// # Errors
+    /// `SANDBOX_WAKING` without patience; what the scheduler refuses.
+    pub async fn wake(
+        &self,
+        sandbox_id: &str,
+        headers: &HeaderMap,
+        patience: Patience,
+    ) -> Result<(), Status> {
+        let scheduler = self.channel(&self.scheduler()?)?;
+        self.waking.wake(scheduler, sandbox_id, headers, patience).await
+    }
+
+    fn channel(&self, endpoint: &str) -> Result<ClientChannel, Status> {
+        self.channels.get(endpoint).map_err(|error| {
             tracing::error!(%endpoint, %error, "a member's endpoint cannot be used");
             status(Reason::HostUnavailable, "the part that answers this call cannot be reached")
         })

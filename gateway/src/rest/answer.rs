@@ -28,6 +28,9 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 struct ErrorBody<'a> {
     error: &'a str,
     code: &'a str,
+    /// What those clients read that ask again while a sandbox wakes.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    waking: bool,
 }
 
 /// A JSON text, and the memory that it holds.
@@ -96,8 +99,9 @@ pub fn empty(code: StatusCode) -> Response<Body> {
 #[must_use]
 pub fn error_json(status: &Status) -> Bytes {
     let code = failure::reason(status);
-    // Two strings always have a JSON form.
-    serde_json::to_vec(&ErrorBody { error: status.message(), code: &code })
+    let waking = code == Reason::SandboxWaking.as_str();
+    // Strings always have a JSON form.
+    serde_json::to_vec(&ErrorBody { error: status.message(), code: &code, waking })
         .map(Bytes::from)
         .unwrap_or_default()
 }

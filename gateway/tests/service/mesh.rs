@@ -47,6 +47,8 @@ pub const FAILED: &str = "sb-00000000000000000004";
 pub const CREATING: &str = "sb-00000000000000000005";
 /// `ours`, on a host that is not a member.
 pub const STRANDED: &str = "sb-00000000000000000006";
+/// `ours`, hibernated.
+pub const HIBERNATED: &str = "sb-00000000000000000007";
 
 pub struct Mesh {
     pub address: SocketAddr,
@@ -104,6 +106,7 @@ impl Mesh {
             (FAILED, "ours", SandboxState::Failed, "host-a"),
             (CREATING, "ours", SandboxState::Creating, "host-a"),
             (STRANDED, "ours", SandboxState::Running, "host-gone"),
+            (HIBERNATED, "ours", SandboxState::Hibernated, "host-a"),
         ] {
             put(&store, &keys::sandbox(id), &sandbox_record(id, tenant, state, host)).await;
         }

@@ -4,7 +4,9 @@ use http::Method;
 use oc_gateway::{rest::route::Routes, surface::Surface};
 use serde_json::json;
 
-use crate::mesh::{CREATING, DELETED, FAILED, FOREIGN, Mesh, SANDBOX, STRANDED, put, sandbox_record};
+use crate::mesh::{
+    CREATING, DELETED, FAILED, FOREIGN, HIBERNATED, Mesh, SANDBOX, STRANDED, put, sandbox_record,
+};
 
 #[tokio::test]
 async fn every_route_reaches_its_rpc() {
@@ -66,6 +68,26 @@ async fn commands_run_and_their_output_is_text() {
     assert_eq!(much["stdout"].as_str().map(str::len), Some(4 << 20));
     let (_, sandbox, caller) = mesh.agent.0.calls.lock()[0].clone();
     assert_eq!((sandbox.as_str(), caller.tenant.as_str(), caller.admin), (SANDBOX, "ours", false));
+}
+
+#[tokio::test]
+async fn a_call_wakes_a_hibernated_sandbox_of_its_own_tenant() {
+    let mesh = Mesh::start().await;
+    let path = format!("/api/sandboxes/{HIBERNATED}/exec/run");
+    let body = json!({"cmd": "echo", "args": ["awake"]}).to_string();
+    let foreign = [("x-api-key", mesh.foreign_key.as_str())];
+    assert_eq!(mesh.send(Method::POST, &path, &foreign, body.clone()).await.status, 404);
+    assert!(mesh.scheduler.0.lock().is_empty(), "nobody else's call wakes it");
+    assert_eq!(mesh.call(Method::POST, &path, body.clone()).await.json()["stdout"], "awake");
+    let woken = mesh.scheduler.0.lock().clone();
+    assert_eq!(woken.iter().map(|(rpc, _)| *rpc).collect::<Vec<_>>(), ["WakeSandbox"]);
+    assert_eq!(woken[0].1.tenant, "ours", "on its caller's behalf");
+    // Who would rather ask again is told to.
+    let headers = [("x-api-key", mesh.key.as_str()), ("x-osb-async-wake", "1")];
+    let told = mesh.send(Method::POST, &path, &headers, body.clone()).await;
+    assert_eq!((told.status.as_u16(), told.json()["waking"].clone()), (503, json!(true)));
+    assert_eq!(told.json()["code"], "SANDBOX_WAKING");
+    assert!(told.headers.contains_key("retry-after"));
 }
 
 #[tokio::test]

@@ -76,6 +76,23 @@ impl SandboxService for FakeScheduler {
         Ok(Response::new(DeleteSandboxResponse {}))
     }
 
+    async fn hibernate_sandbox(
+        &self,
+        request: Request<HibernateSandboxRequest>,
+    ) -> Result<Response<HibernateSandboxResponse>, Status> {
+        self.note("HibernateSandbox", &request);
+        let sandbox_id = request.into_inner().sandbox_id;
+        Ok(Response::new(HibernateSandboxResponse { sandbox_id, size_bytes: 7, ..Default::default() }))
+    }
+
+    async fn wake_sandbox(
+        &self,
+        request: Request<WakeSandboxRequest>,
+    ) -> Result<Response<WakeSandboxResponse>, Status> {
+        let caller = self.note("WakeSandbox", &request);
+        Ok(Response::new(WakeSandboxResponse { sandbox: sandbox(&request.get_ref().sandbox_id, &caller) }))
+    }
+
     async fn set_timeout(
         &self,
         request: Request<SetTimeoutRequest>,
