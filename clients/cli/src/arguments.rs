@@ -102,7 +102,11 @@ pub enum SandboxCommand {
     Get(OneSandbox),
     /// Delete sandboxes
     Kill(SomeSandboxes),
-    /// Set how long a sandbox may be idle
+    /// Store a sandbox's memory and disk and release its host; the next call wakes it
+    Hibernate(OneSandbox),
+    /// Wake a hibernated sandbox
+    Wake(OneSandbox),
+    /// Set how long a sandbox may be idle until it hibernates
     SetTimeout {
         /// ID of the sandbox
         id: String,
@@ -132,7 +136,7 @@ pub struct CreateArguments {
     /// Template
     #[arg(long)]
     pub template: Option<String>,
-    /// Seconds the sandbox may be idle until it ends; 0 for no limit [default: 300]
+    /// Seconds the sandbox may be idle until it hibernates; 0 for no limit [default: 300]
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<i32>,
     /// Virtual CPUs

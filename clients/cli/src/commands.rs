@@ -65,6 +65,8 @@ async fn run_sandbox(
         SandboxCommand::List => sandboxes::list(connection, output).await,
         SandboxCommand::Get(one) => sandboxes::get(connection, one.id, output).await,
         SandboxCommand::Kill(some) => sandboxes::kill(connection, some.ids, output).await,
+        SandboxCommand::Hibernate(one) => sandboxes::hibernate(connection, one.id, output).await,
+        SandboxCommand::Wake(one) => sandboxes::wake(connection, one.id, output).await,
         SandboxCommand::SetTimeout { id, seconds } => {
             sandboxes::set_timeout(connection, id, seconds, output).await
         }

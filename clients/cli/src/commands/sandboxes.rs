@@ -5,8 +5,8 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use oc_proto::v1::{
-    CreateSandboxRequest, DeleteSandboxRequest, GetSandboxRequest, ListSandboxesRequest, Sandbox,
-    SetTimeoutRequest,
+    CreateSandboxRequest, DeleteSandboxRequest, GetSandboxRequest, HibernateSandboxRequest,
+    ListSandboxesRequest, Sandbox, SandboxState, SetTimeoutRequest, WakeSandboxRequest,
 };
 
 use crate::{
@@ -20,6 +20,8 @@ use crate::{
 
 /// A cold boot on a slow, busy host takes this long; from the pool it is milliseconds.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(180);
+/// Memory is written and read at the disk's pace.
+const STORE_TIMEOUT: Duration = Duration::from_secs(180);
 /// As many as the service gives at once.
 const PAGE: i32 = 1000;
 const KILLS_AT_ONCE: usize = 16;
@@ -65,6 +67,33 @@ pub async fn kill(connection: &Connection, ids: Vec<String>, output: Output) -> 
     let results: Vec<_> = progress::during("deleting", kills.collect()).await;
     results.into_iter().collect::<Result<(), _>>()?;
     output.done()
+}
+
+/// `oc sandbox hibernate`.
+pub async fn hibernate(connection: &Connection, id: String, output: Output) -> Result<(), Failure> {
+    let mut sandboxes = connection.sandboxes();
+    let answer =
+        sandboxes.hibernate_sandbox(within(STORE_TIMEOUT, HibernateSandboxRequest { sandbox_id: id }));
+    let stored = progress::during("hibernating", answer).await?.into_inner();
+    output.show(
+        || json::of(&stored),
+        || {
+            output::pairs([
+                ("id", stored.sandbox_id.clone()),
+                ("status", json::enum_word("SandboxState", stored.state().as_str_name())),
+                ("stored", format!("{} MiB", stored.size_bytes >> 20)),
+            ])
+        },
+    )
+}
+
+/// `oc sandbox wake`.
+pub async fn wake(connection: &Connection, id: String, output: Output) -> Result<(), Failure> {
+    let mut sandboxes = connection.sandboxes();
+    let request = WakeSandboxRequest { sandbox_id: id, timeout: None };
+    let answer = sandboxes.wake_sandbox(within(STORE_TIMEOUT, request));
+    let sandbox = progress::during("waking", answer).await?.into_inner().sandbox.unwrap_or_default();
+    show(&sandbox, output)
 }
 
 /// `oc sandbox set-timeout`.
@@ -125,6 +154,7 @@ fn details(sandbox: &Sandbox) -> String {
     let mut metadata: Vec<_> =
         sandbox.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
     metadata.sort();
+    let is_deleted = sandbox.state() == SandboxState::Deleted;
     let timeout = if sandbox.timeout == 0 { "none".to_owned() } else { format!("{}s", sandbox.timeout) };
     output::pairs([
         ("id", sandbox.sandbox_id.clone()),
@@ -136,7 +166,10 @@ fn details(sandbox: &Sandbox) -> String {
         ("disk", format!("{} MiB", sandbox.disk_mb)),
         ("idle timeout", timeout),
         ("started", sandbox.started_at.map(|at| time(at.seconds)).unwrap_or_default()),
-        ("ends", sandbox.end_at.map(|at| time(at.seconds)).unwrap_or_default()),
+        (
+            if is_deleted { "deleted" } else { "hibernates" },
+            sandbox.end_at.map(|at| time(at.seconds)).unwrap_or_default(),
+        ),
         ("start", sandbox.start_path.clone()),
         ("host", sandbox.worker_id.clone()),
         ("region", sandbox.region.clone()),
@@ -168,7 +201,6 @@ pub fn age(unix_seconds: i64, now: Timestamp) -> String {
 
 #[cfg(test)]
 mod tests {
-    use oc_proto::v1::SandboxState;
     use prost_types::Timestamp as ProtoTimestamp;
 
     use super::*;

@@ -8,9 +8,10 @@ use std::{
 use oc_proto::v1::{
     ClearNodeRequest, ClearNodeResponse, CreateKeyRequest, CreateKeyResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteKeyRequest, DeleteKeyResponse, DeleteSandboxRequest, DeleteSandboxResponse,
-    GetSandboxRequest, GetSandboxResponse, Key, ListKeysRequest, ListKeysResponse, ListNodesRequest,
-    ListNodesResponse, ListSandboxesRequest, ListSandboxesResponse, Node, RefreshTokenRequest,
-    RefreshTokenResponse, Sandbox, SandboxState, SetTimeoutRequest, SetTimeoutResponse,
+    GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse, Key,
+    ListKeysRequest, ListKeysResponse, ListNodesRequest, ListNodesResponse, ListSandboxesRequest,
+    ListSandboxesResponse, Node, RefreshTokenRequest, RefreshTokenResponse, Sandbox, SandboxState,
+    SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse,
     key_service_server::KeyService, node_service_server::NodeService, sandbox_service_server::SandboxService,
 };
 use tonic::{Code, Request, Response, Status};
@@ -106,6 +107,29 @@ impl SandboxService for Sandboxes {
         self.0.lock().unwrap().sandboxes.remove(&id);
         note_deletion(&id);
         Ok(Response::new(DeleteSandboxResponse {}))
+    }
+
+    async fn hibernate_sandbox(
+        &self,
+        request: Request<HibernateSandboxRequest>,
+    ) -> Result<Response<HibernateSandboxResponse>, Status> {
+        let id = &request.get_ref().sandbox_id;
+        let state = SandboxState::Hibernated.into();
+        let sandbox = Sandbox { state, ..self.find(id)? };
+        self.0.lock().unwrap().sandboxes.insert(id.clone(), sandbox);
+        let (sandbox_id, size_bytes) = (id.clone(), 5 << 20);
+        Ok(Response::new(HibernateSandboxResponse { sandbox_id, state, size_bytes, ..Default::default() }))
+    }
+
+    async fn wake_sandbox(
+        &self,
+        request: Request<WakeSandboxRequest>,
+    ) -> Result<Response<WakeSandboxResponse>, Status> {
+        let id = &request.get_ref().sandbox_id;
+        let sandbox =
+            Sandbox { state: SandboxState::Running.into(), start_path: "memory".into(), ..self.find(id)? };
+        self.0.lock().unwrap().sandboxes.insert(id.clone(), sandbox.clone());
+        Ok(Response::new(WakeSandboxResponse { sandbox: Some(sandbox) }))
     }
 
     async fn set_timeout(
