@@ -30,10 +30,11 @@ const STAYS: usize = 3;
 const SERVICES: [&str; 3] = ["scheduler", "vmm-agent", "gateway"];
 
 /// Numbers that look random and can be had again.
-struct Dice(u64);
+pub struct Dice(pub u64);
 
 impl Dice {
-    fn roll(&mut self, below: u64) -> u64 {
+    /// At least 0, and below `below`.
+    pub fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % below
     }

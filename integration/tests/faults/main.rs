@@ -5,6 +5,7 @@ mod chaos;
 mod disk;
 mod etcd;
 mod killed;
+mod sleepers;
 
 use std::process::ExitCode;
 
@@ -17,6 +18,8 @@ fn main() -> ExitCode {
             a_sandbox_outlives_every_service,
             a_sandbox_outlives_its_supervisor,
             a_call_that_is_cut_off_says_so;
+        sleepers:
+            a_sandbox_sleeps_or_runs_whoever_dies;
         chaos:
             a_hundred_creates_among_kills_leave_only_what_works;
         disk:

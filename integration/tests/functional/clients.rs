@@ -30,6 +30,11 @@ async def main():
     again = await Sandbox.connect(sandbox.sandbox_id)
     assert await again.is_running()
     await sandbox.set_timeout(60)
+    await sandbox.hibernate()
+    assert (await (await Sandbox.connect(sandbox.sandbox_id)).exec.run("echo $A")).stdout == "b\n"
+    await sandbox.hibernate()
+    await sandbox.wake(timeout=60)
+    assert await sandbox.is_running()
     await sandbox.kill()
     print("done", sandbox.sandbox_id)
 
@@ -76,6 +81,12 @@ pub async fn oc_does_the_main_job(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     assert!(json(oc(&["ls", "--json"])?)?.to_string().contains(id));
     assert!(oc(&["get", id])?.contains("running"));
     assert!(oc(&["nodes"])?.contains(mesh.host_id()));
+    let stored = json(oc(&["sandbox", "hibernate", id, "--json"])?)?;
+    assert_eq!(stored["status"], "hibernated");
+    assert!(oc(&["get", id])?.contains("hibernated"));
+    assert!(oc(&["sandbox", "wake", id])?.contains("memory"));
+    oc(&["sandbox", "hibernate", id])?;
+    assert_eq!(oc(&["exec", id, "--wait", "--", "echo $A"])?, "b\n");
     oc(&["kill", id])?;
     let gone = mesh.oc().args(["exec", id, "--json", "--wait", "--", "true"]).output()?;
     assert!(!gone.status.success());

@@ -5,6 +5,7 @@ mod clients;
 mod clones;
 mod commands;
 mod files;
+mod hibernation;
 mod host;
 mod main_job;
 mod refusals;
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
         main_job:
             the_main_job_is_done_from_create_to_delete,
             a_token_is_enough_for_its_sandbox,
-            an_idle_sandbox_ends_by_itself,
+            an_idle_sandbox_hibernates_by_itself,
             every_size_boots_and_has_what_it_says;
         commands:
             a_command_has_what_it_was_given,
@@ -41,6 +42,12 @@ fn main() -> ExitCode {
             clones_are_strangers_to_each_other,
             a_clone_knows_the_time,
             a_sandbox_reaches_no_other_and_no_host;
+        hibernation:
+            a_sandbox_wakes_where_it_was,
+            any_call_wakes_a_sandbox,
+            a_call_under_way_is_told_that_its_sandbox_sleeps,
+            damaged_memory_leads_to_a_boot_from_the_disk,
+            writers_lose_nothing_however_often_their_sandbox_sleeps;
         refusals:
             bad_creates_are_refused,
             bad_commands_are_refused,

@@ -86,7 +86,7 @@ pub async fn a_token_is_enough_for_its_sandbox(mesh: Arc<Mesh>) -> anyhow::Resul
     other.delete().await
 }
 
-pub async fn an_idle_sandbox_ends_by_itself(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+pub async fn an_idle_sandbox_hibernates_by_itself(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     let rest = mesh.rest();
     let (idle, busy) =
         (rest.create(json!({ "timeout": 2 })).await?, rest.create(json!({ "timeout": 5 })).await?);
@@ -95,12 +95,16 @@ pub async fn an_idle_sandbox_ends_by_itself(mesh: Arc<Mesh>) -> anyhow::Result<(
         // A command that runs counts as use, however long nothing else is asked.
         tokio::spawn(async move { busy.run("sleep 10; echo done").await })
     };
-    eventually("the idle sandbox is deleted", async || {
+    eventually("the idle sandbox hibernates", async || {
         let state = idle.get().await?.expect(200)?.json();
-        ensure!(state["status"] == "deleted", "{state}");
+        ensure!(state["status"] == "hibernated", "{state}");
         Ok(())
     })
     .await?;
+    assert_eq!(idle.run("echo awake").await?, "awake\n");
+    // A wake keeps the timeout that was set.
+    assert_eq!(idle.get().await?.json()["timeout"], 2);
+    idle.delete().await?;
     assert_eq!(working.await??, "done\n");
     // The clock starts anew, and may be stopped.
     rest.post(&busy.path("/timeout"), json!({ "timeout": 0 })).await?.expect(204)?;
