@@ -5,6 +5,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message as _;
 
 const FILES: &[&str] = &[
+    "oc/v1/checkpoint.proto",
     "oc/v1/exec.proto",
     "oc/v1/files.proto",
     "oc/v1/key.proto",
