@@ -110,7 +110,6 @@ impl Sandboxes {
 
     /// Wakes a sandbox, whatever others do with it meanwhile.
     pub(crate) async fn rouse(&self, sandbox_id: &str) -> Result<SandboxRecord, Refusal> {
-        let _live = self.flows.enter(sandbox_id);
         for attempt in 0.. {
             let found = self.ledger.read(sandbox_id).await?.ok_or(Refusal::SandboxNotFound)?;
             let record = &found.record;
@@ -119,13 +118,16 @@ impl Sandboxes {
             }
             match (record.state(), record.transition()) {
                 (SandboxState::Failed, _) => return Err(Denied::Failed.into()),
-                // Its host knows when it is stored, and wakes it then.
+                // Whoever stores it settles that, or reconciliation does: it must not be kept from it here.
                 (SandboxState::Running, SandboxTransition::Hibernating) => {}
                 (SandboxState::Running, _) => return Ok(found.record),
                 (SandboxState::Hibernated, SandboxTransition::Waking) => {
+                    let _live = self.flows.enter(sandbox_id);
                     return self.finish_wake(found).await;
                 }
                 (SandboxState::Hibernated, _) => {
+                    // Before the mark, so that reconciliation does not take it for one that nobody works on.
+                    let _live = self.flows.enter(sandbox_id);
                     let marked = lifecycle::mark_waking(record)?;
                     let change = Change {
                         sandbox_id: sandbox_id.into(),
