@@ -79,6 +79,22 @@ reasons! {
     SandboxWaking = "SANDBOX_WAKING", Unavailable, 503;
     /// The sandbox could not be hibernated and runs on.
     HibernationFailed = "HIBERNATION_FAILED", Internal, 500;
+    /// There is no such checkpoint, or it is not the caller's.
+    CheckpointNotFound = "CHECKPOINT_NOT_FOUND", NotFound, 404;
+    /// The sandbox has a checkpoint of that name.
+    CheckpointExists = "CHECKPOINT_EXISTS", AlreadyExists, 409;
+    /// The sandbox has as many checkpoints of that kind as it may have.
+    TooManyCheckpoints = "TOO_MANY_CHECKPOINTS", ResourceExhausted, 400;
+    /// The checkpoint is not on disk yet, or failed.
+    CheckpointNotReady = "CHECKPOINT_NOT_READY", FailedPrecondition, 400;
+    /// The checkpoint holds a disk alone: nothing goes on from it, it only boots.
+    CheckpointHasNoMemory = "CHECKPOINT_HAS_NO_MEMORY", FailedPrecondition, 400;
+    /// The checkpoint is damaged, or of another VMM, processor, kernel or base image than its host has.
+    CheckpointDamaged = "CHECKPOINT_DAMAGED", DataLoss, 500;
+    /// The checkpoint could not be taken; the sandbox runs on.
+    CheckpointFailed = "CHECKPOINT_FAILED", Internal, 500;
+    /// The host has no such snapshot.
+    SnapshotNotFound = "SNAPSHOT_NOT_FOUND", NotFound, 404;
     /// The command was not found.
     CommandNotFound = "COMMAND_NOT_FOUND", NotFound, 400;
     /// The command may not be executed.
