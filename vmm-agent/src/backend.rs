@@ -1,9 +1,12 @@
 //! What the lifecycle needs of the part that drives VMMs: the seam at which tests put a host without any.
-//!
 
-use std::fmt::Debug;
+use std::{
+    fmt::Debug,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use tonic::{Status, body::Body};
 use tower::util::BoxCloneSyncService;
 
@@ -33,6 +36,16 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// A handle to the VM called `vm`, however much or little of it there is.
     fn open(&self, vm: &str) -> Box<dyn Instance>;
 
+    /// The snapshots of sandboxes' VMs that are whole.
+    fn snapshots(&self) -> Vec<Captured>;
+
+    /// Removes a snapshot. What runs of it goes on. Fine if there is none.
+    async fn delete_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError>;
+
+    /// Reads all of a snapshot and compares it with its digests. Returns how much that was, bytes.
+    /// [`MakeError::Unusable`] says what is damaged.
+    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError>;
+
     /// Removes what belongs to no VM: what the host's VMs share. For a host that ends for good.
     async fn clean_up(&self) -> Result<(), MakeError>;
 }
@@ -46,6 +59,51 @@ pub enum Condition {
     DiskFull,
     /// Its VMM has halted it for good: why.
     Stopped(String),
+}
+
+/// How the state of a VM was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Circumstances {
+    /// When.
+    pub taken_at: SystemTime,
+    /// Whether the guest had written everything back to its disk and stood still.
+    pub is_quiet: bool,
+    /// How long the guest did not run.
+    pub pause: Duration,
+    /// How long it took to freeze and to thaw.
+    pub freeze: Duration,
+    /// Whether it is for use at once: neither synced nor digested, and void when the agent starts again.
+    pub is_ephemeral: bool,
+}
+
+/// A snapshot to take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// What it is to be called.
+    pub snapshot_id: String,
+    /// Whether it is to be of the disk alone.
+    pub disk_only: bool,
+    /// Whether it is for use at once.
+    pub is_ephemeral: bool,
+}
+
+/// What is known of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Captured {
+    /// What it is called.
+    pub snapshot_id: String,
+    /// Whether memory and devices are in it.
+    pub has_memory: bool,
+    /// How it was taken.
+    pub circumstances: Circumstances,
+    /// What it takes beside what it is laid over, bytes.
+    pub bytes: u64,
+    /// Memory that its VM had changed of what it maps, bytes.
+    pub memory_changed_bytes: u64,
+    /// What its disk takes, bytes.
+    pub disk_bytes: u64,
+    /// SHA-256 of its manifest, hex.
+    pub manifest_digest: String,
 }
 
 /// One VM of a backend. Every call may be dropped half-way: [`Instance::destroy`] removes whatever there is then.
@@ -63,6 +121,20 @@ pub trait Instance: Debug + Send + Sync + 'static {
     /// Stores the memory and devices of a VM that runs, beside its disk; `is_quiet` says whether its guest has written
     /// everything back to it. It is paused then, and still there. Returns what that takes, bytes.
     async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError>;
+
+    /// Takes the state of a VM that runs, which goes on. Returns for how long it did not run. [`Instance::keep_capture`]
+    /// makes it a snapshot.
+    async fn capture(&mut self, what: &Wanted) -> Result<Duration, MakeError>;
+
+    /// Makes what was captured last a snapshot: whole, and on disk unless it is for use at once.
+    async fn keep_capture(&mut self, circumstances: Circumstances) -> Result<Captured, MakeError>;
+
+    /// Starts a VM from a snapshot, with a copy of its disk. It is paused then, as that one was.
+    /// [`MakeError::Unusable`] if the snapshot is no good.
+    async fn restore_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;
+
+    /// Boots a VM from a copy of a snapshot's disk. Its guest answers then. [`MakeError::Unusable`] as above.
+    async fn boot_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;
 
     /// Ends a VM that is stored; its disk and what is stored stay. May be repeated.
     async fn release(&mut self) -> Result<(), MakeError>;

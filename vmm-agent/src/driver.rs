@@ -5,15 +5,18 @@
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
 //! - [`guest_link`]: the way to a guest.
-//! - [`pages`], [`stored`]: what a VM changed of its memory, and a VM that waits on disk.
+//! - [`pages`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment, on disk;
+//!   [`capture`] takes it, [`shelf`] keeps those of sandboxes.
 //! - [`instance`]: all of it as the lifecycle uses it.
 //! - [`durable`]: files that are whole or not there.
 //!
 //! A VM's processes, group and home are all called by the VM's name, and can be found and removed knowing nothing else.
 
 pub mod accelerator;
+pub mod capture;
 pub mod cgroup;
 pub mod console;
+pub mod digests;
 pub mod durable;
 pub mod golden;
 pub mod guest_link;
@@ -26,13 +29,15 @@ pub mod parts;
 pub mod process;
 pub mod qemu;
 pub mod running;
-pub mod stored;
+pub mod shelf;
+pub mod snapshot;
 pub mod template;
 pub mod vmm;
 
 use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 
 use sha2::{Digest as _, Sha256};
+use tokio::task::spawn_blocking;
 
 use self::{
     cgroup::Cgroups,
@@ -42,7 +47,7 @@ use self::{
     qemu::Qemu,
 };
 use crate::{
-    backend::{Backend, Instance},
+    backend::{Backend, Captured, Instance},
     config::Config,
     microvm::{Kind, MakeError},
 };
@@ -96,6 +101,14 @@ impl Driver {
         }
     }
 
+    /// What a call for a snapshot needs. An ID that cannot be one names none.
+    fn of_snapshot(&self, id: &str) -> Result<(Arc<Parts>, String), MakeError> {
+        match &self.source {
+            Some((parts, _)) if shelf::is_id(id) => Ok((parts.clone(), id.to_owned())),
+            _ => Err(MakeError::NoSnapshot(id.to_owned())),
+        }
+    }
+
     fn parts(&self) -> Option<&Parts> {
         self.source.as_ref().map(|(parts, _)| parts.as_ref())
     }
@@ -143,6 +156,30 @@ impl Backend for Driver {
     fn open(&self, vm: &str) -> Box<dyn Instance> {
         let home = home::Home::of(&self.places.homes, vm);
         Box::new(Vm::new(home, self.cgroups.of(vm), self.source.clone()))
+    }
+
+    fn snapshots(&self) -> Vec<Captured> {
+        self.parts().map(|parts| parts.shelf.all()).unwrap_or_default()
+    }
+
+    async fn delete_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError> {
+        let (parts, id) = self.of_snapshot(snapshot_id)?;
+        let removed = spawn_blocking(move || parts.shelf.remove(&id)).await;
+        let removed = removed.map_err(|panic| MakeError::Backend(panic.to_string()))?;
+        removed.map_err(|error| MakeError::Backend(format!("cannot remove a snapshot: {error}")))
+    }
+
+    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError> {
+        let (parts, id) = self.of_snapshot(snapshot_id)?;
+        if !parts.shelf.all().iter().any(|captured| captured.snapshot_id == id) {
+            return Err(MakeError::NoSnapshot(id));
+        }
+        let verified = spawn_blocking(move || parts.places.snapshot(&id).verify_all()).await;
+        let verified = verified.map_err(|panic| MakeError::Backend(panic.to_string()))?;
+        verified.map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => MakeError::Unusable(error.to_string()),
+            _ => MakeError::Backend(error.to_string()),
+        })
     }
 
     async fn clean_up(&self) -> Result<(), MakeError> {

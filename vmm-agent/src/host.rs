@@ -19,9 +19,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
+    backend::{Captured, Wanted},
     capacity::{self, Limits},
     identity::{Epoch, SandboxId},
     journal::{Owner, StartPath},
+    microvm::MakeError,
     pool::Pool,
     tombstones::{self, Tombstones},
     vm::{
@@ -124,10 +126,14 @@ impl Host {
     /// Begins the task of a VM. The caller puts it into the registry, under the lock that it holds.
     fn begin(&self, owner: Owner, origin: Origin) -> Vm {
         let host = self.clone();
-        Vm::spawn(&self.0.surroundings, owner, origin, move |vm| {
+        Vm::spawn(&self.0.surroundings, owner, origin, move |vm, reinstated| {
             let mut vms = host.0.vms.lock();
             if vms.get(&vm.owner().sandbox).is_some_and(|listed| listed.is(vm)) {
                 vms.remove(&vm.owner().sandbox);
+                // One that has ended by itself meanwhile has been here to leave, in vain.
+                if let Some(earlier) = reinstated.filter(|earlier| earlier.status().phase != Phase::Gone) {
+                    vms.insert(earlier.owner().sandbox.clone(), earlier);
+                }
             }
         })
     }
@@ -176,6 +182,50 @@ impl Host {
             self.admit_to_disk()?;
         }
         vm.hibernate(epoch, idle_since).await.map(Some)
+    }
+
+    /// Takes the state of a sandbox's VM down as a snapshot. One of that name is returned as it is. `None` if there is no
+    /// such VM.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`]: there is no snapshot.
+    pub async fn capture(
+        &self,
+        sandbox: &SandboxId,
+        epoch: Epoch,
+        wanted: Wanted,
+    ) -> Result<Option<Captured>, VmError> {
+        let id = &wanted.snapshot_id;
+        if let Some(there) = self.snapshots().into_iter().find(|captured| captured.snapshot_id == *id) {
+            return Ok(Some(there));
+        }
+        let Some(vm) = self.find(sandbox) else { return Ok(None) };
+        self.admit_to_disk()?;
+        vm.capture(epoch, wanted).await.map(Some)
+    }
+
+    /// The snapshots that are whole.
+    pub fn snapshots(&self) -> Vec<Captured> {
+        self.0.workshop.backend().snapshots()
+    }
+
+    /// Removes a snapshot. Fine if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] if it resists.
+    pub async fn delete_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError> {
+        self.0.workshop.backend().delete_snapshot(snapshot_id).await
+    }
+
+    /// Reads all of a snapshot and compares it with its digests. Returns how much that was, bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] says what is damaged.
+    pub async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError> {
+        self.0.workshop.backend().verify_snapshot(snapshot_id).await
     }
 
     /// Makes a sandbox's stored VM run again and waits until its guest has answered. `None` if there is no such VM.

@@ -65,6 +65,10 @@ pub enum StartPath {
     Memory,
     /// Booted from its stored disk.
     Disk,
+    /// Went on from a snapshot's memory.
+    Restored,
+    /// Booted from a snapshot's disk.
+    RestoredDisk,
 }
 
 impl StartPath {
@@ -76,6 +80,8 @@ impl StartPath {
             Self::Cold => "cold",
             Self::Memory => "memory",
             Self::Disk => "disk",
+            Self::Restored => "restored",
+            Self::RestoredDisk => "restored-disk",
         }
     }
 }

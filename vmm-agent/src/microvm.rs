@@ -1,6 +1,10 @@
 //! One microVM of this host with its journal: what the pool and the sandboxes' tasks pass to each other.
 
-use std::{collections::HashMap, fmt, io, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt, io,
+    time::{Duration, Instant, SystemTime},
+};
 
 use futures_util::future::BoxFuture;
 use oc_proto::mesh::{
@@ -11,7 +15,7 @@ use tonic::Status;
 use tracing::{error, warn};
 
 use crate::{
-    backend::{Condition, Guest, Instance},
+    backend::{Captured, Circumstances, Condition, Guest, Instance, Wanted},
     journal::{Journal, Stage},
     telemetry,
 };
@@ -24,6 +28,8 @@ const ENTROPY: usize = 64;
 const QUIET_WITHIN: Duration = Duration::from_secs(10);
 /// A guest that nobody wakes thaws by itself after this, in its own time, which stands still while it is stored.
 const FROZEN_FOR: Duration = Duration::from_secs(8);
+/// A guest that goes on answers in milliseconds.
+const THAWS_WITHIN: Duration = Duration::from_secs(20);
 /// A process that was killed may take a moment to let go of its cgroup and files.
 const REMOVE_ATTEMPTS: u32 = 6;
 
@@ -76,6 +82,12 @@ pub enum MakeError {
     /// What is stored of its memory is no good; its disk may be.
     #[error("its stored memory cannot be used: {0}")]
     Unusable(String),
+    /// There is no such snapshot on this host.
+    #[error("there is no snapshot {0:?} on this host")]
+    NoSnapshot(String),
+    /// A snapshot is of a disk alone.
+    #[error("snapshot {0:?} holds no memory")]
+    NoMemory(String),
     /// It took too long.
     #[error("not done in time")]
     Late,
@@ -216,6 +228,42 @@ impl MicroVm {
             Ok(answer) => answer.map(drop).map_err(|status| MakeError::Guest(Box::new(status))),
             Err(_) => Err(MakeError::Late),
         }
+    }
+
+    /// Takes its state down as the snapshot that is `wanted`. It goes on, and its guest is told what time it is, as soon as
+    /// all has been taken that changes when it does.
+    ///
+    /// Not to be dropped half-way.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`]: there is no snapshot, and it runs on.
+    pub async fn capture(&mut self, wanted: &Wanted) -> Result<Captured, MakeError> {
+        let begun = Instant::now();
+        let is_quiet = match self.quiesce().await {
+            Ok(()) => true,
+            Err(error) => {
+                warn!(vm = self.id, %error, "the guest does not stand still by itself: it is captured as it is");
+                false
+            }
+        };
+        let freeze = begun.elapsed();
+        let captured = telemetry::step("capture", self.instance.capture(wanted)).await;
+        let resumed = Instant::now();
+        let thawed = timeout(THAWS_WITHIN, self.wake_guest()).await.unwrap_or(Err(MakeError::Late));
+        let freeze = freeze + resumed.elapsed();
+        if let Err(error) = thawed {
+            // It thaws by itself.
+            warn!(vm = self.id, %error, "the guest does not say that it goes on");
+        }
+        let circumstances = Circumstances {
+            taken_at: SystemTime::now(),
+            is_quiet,
+            pause: captured?,
+            freeze,
+            is_ephemeral: wanted.is_ephemeral,
+        };
+        self.instance.keep_capture(circumstances).await
     }
 
     fn guest_service(&self) -> Result<GuestServiceClient<Guest>, MakeError> {

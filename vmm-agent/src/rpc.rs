@@ -1,24 +1,30 @@
 //! `oc.mesh.v1.AgentService`: what the scheduler asks of this host. Parses, asks the [`Host`], and answers.
 
-use std::{collections::HashMap, time::SystemTime};
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
 
 use oc_mesh::error::{Reason, status};
 use oc_proto::mesh::{
-    self, CreateVmRequest, CreateVmResponse, DeleteVmRequest, DeleteVmResponse, HibernateVmRequest,
-    HibernateVmResponse, ListVmsRequest, ListVmsResponse, VmSize, VmState, WakeVmRequest, WakeVmResponse,
-    agent_service_server::AgentService,
+    self, CaptureVmRequest, CaptureVmResponse, CreateVmRequest, CreateVmResponse, DeleteSnapshotRequest,
+    DeleteSnapshotResponse, DeleteVmRequest, DeleteVmResponse, HibernateVmRequest, HibernateVmResponse,
+    ListVmsRequest, ListVmsResponse, Snapshot, SnapshotSource, VerifySnapshotRequest, VerifySnapshotResponse,
+    VmSize, VmState, WakeVmRequest, WakeVmResponse, agent_service_server::AgentService,
 };
 use tonic::{Request, Response, Status};
 
 use crate::{
+    backend::{Captured, Wanted},
     capacity::Full,
+    driver::shelf,
     host::{Host, Listed},
     identity::{Epoch, SandboxId},
     journal::{Owner, StartPath},
-    microvm::Kind,
+    microvm::{Kind, MakeError},
     vm::{
         decide::{Denied, Phase},
-        start::{Order, StartError},
+        start::{Order, Source, StartError},
         task::VmError,
     },
 };
@@ -50,7 +56,8 @@ impl AgentService for AgentRpc {
         let request = request.into_inner();
         let sandbox = parse_sandbox(&request.sandbox_id)?;
         let owner = Owner { sandbox, epoch: Epoch(request.epoch) };
-        let order = parse_order(request.template_id, request.size, request.envs)?;
+        let mut order = parse_order(request.template_id, request.size, request.envs)?;
+        order.source = request.snapshot.map(parse_source).transpose()?;
         let path = self.host.create(owner, order).await.map_err(|error| vm_status(&error))?;
         Ok(Response::new(CreateVmResponse {
             accelerator: self.accelerator.clone(),
@@ -67,7 +74,7 @@ impl AgentService for AgentRpc {
         let idle_since = parse_idle_since(request.if_idle_since)?;
         let stored = self.host.hibernate(&sandbox, Epoch(request.epoch), idle_since).await;
         let stored = stored.map_err(|error| vm_status(&error))?.ok_or_else(|| unknown(&sandbox))?;
-        Ok(Response::new(HibernateVmResponse { stored_bytes: i64::try_from(stored).unwrap_or(i64::MAX) }))
+        Ok(Response::new(HibernateVmResponse { stored_bytes: signed(stored) }))
     }
 
     async fn wake_vm(&self, request: Request<WakeVmRequest>) -> Result<Response<WakeVmResponse>, Status> {
@@ -97,9 +104,65 @@ impl AgentService for AgentRpc {
     }
 
     async fn list_vms(&self, _: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
+        // Before the VMs: a snapshot that is taken meanwhile is missing at worst.
+        let snapshots = self.host.snapshots().into_iter().map(|captured| snapshot(&captured)).collect();
         let vms = self.host.list(SystemTime::now()).into_iter().filter_map(listed).collect();
-        Ok(Response::new(ListVmsResponse { vms }))
+        Ok(Response::new(ListVmsResponse { vms, snapshots }))
     }
+
+    async fn capture_vm(
+        &self,
+        request: Request<CaptureVmRequest>,
+    ) -> Result<Response<CaptureVmResponse>, Status> {
+        let request = request.into_inner();
+        let sandbox = parse_sandbox(&request.sandbox_id)?;
+        let snapshot_id = parse_snapshot(request.snapshot_id)?;
+        let wanted =
+            Wanted { snapshot_id, disk_only: request.disk_only, is_ephemeral: request.is_ephemeral };
+        let captured = self.host.capture(&sandbox, Epoch(request.epoch), wanted).await;
+        let captured = captured.map_err(|error| vm_status(&error))?.ok_or_else(|| unknown(&sandbox))?;
+        Ok(Response::new(CaptureVmResponse { snapshot: Some(snapshot(&captured)) }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        let snapshot_id = parse_snapshot(request.into_inner().snapshot_id)?;
+        self.host.delete_snapshot(&snapshot_id).await.map_err(|error| snapshot_status(&error))?;
+        Ok(Response::new(DeleteSnapshotResponse {}))
+    }
+
+    async fn verify_snapshot(
+        &self,
+        request: Request<VerifySnapshotRequest>,
+    ) -> Result<Response<VerifySnapshotResponse>, Status> {
+        let snapshot_id = parse_snapshot(request.into_inner().snapshot_id)?;
+        let bytes = self.host.verify_snapshot(&snapshot_id).await.map_err(|error| snapshot_status(&error))?;
+        Ok(Response::new(VerifySnapshotResponse { verified_bytes: signed(bytes) }))
+    }
+}
+
+/// A snapshot as the scheduler sees it.
+fn snapshot(captured: &Captured) -> Snapshot {
+    let circumstances = captured.circumstances;
+    let micros = |time: Duration| i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
+    Snapshot {
+        snapshot_id: captured.snapshot_id.clone(),
+        has_memory: captured.has_memory,
+        is_quiesced: circumstances.is_quiet,
+        size_bytes: signed(captured.bytes),
+        memory_changed_bytes: signed(captured.memory_changed_bytes),
+        disk_changed_bytes: signed(captured.disk_bytes),
+        pause_us: micros(circumstances.pause),
+        freeze_us: micros(circumstances.freeze),
+        manifest_digest: captured.manifest_digest.clone(),
+        created_at: Some(circumstances.taken_at.into()),
+    }
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 /// A VM as the scheduler sees it. One that is being deleted is as good as gone.
@@ -118,7 +181,7 @@ fn listed(vm: Listed) -> Option<mesh::Vm> {
         state: state.into(),
         failure: vm.failure.map(|reason| reason.to_string()).unwrap_or_default(),
         active_at: Some(vm.active_at.into()),
-        stored_bytes: i64::try_from(vm.stored_bytes).unwrap_or(i64::MAX),
+        stored_bytes: signed(vm.stored_bytes),
     })
 }
 
@@ -129,6 +192,26 @@ fn listed(vm: Listed) -> Option<mesh::Vm> {
 /// `INVALID_ARGUMENT`.
 pub(crate) fn parse_sandbox(text: &str) -> Result<SandboxId, Status> {
     SandboxId::parse(text).map_err(|error| status(Reason::InvalidArgument, error.to_string()))
+}
+
+fn parse_snapshot(id: String) -> Result<String, Status> {
+    match shelf::is_id(&id) {
+        true => Ok(id),
+        false => Err(status(Reason::InvalidArgument, "snapshot_id is no name of a snapshot")),
+    }
+}
+
+fn parse_source(source: SnapshotSource) -> Result<Source, Status> {
+    Ok(Source { snapshot_id: parse_snapshot(source.snapshot_id)?, disk_only: source.disk_only })
+}
+
+fn snapshot_status(error: &MakeError) -> Status {
+    let reason = match error {
+        MakeError::NoSnapshot(_) => Reason::SnapshotNotFound,
+        MakeError::Unusable(_) => Reason::CheckpointDamaged,
+        _ => Reason::Internal,
+    };
+    status(reason, error.to_string())
 }
 
 fn parse_idle_since(time: Option<prost_types::Timestamp>) -> Result<Option<SystemTime>, Status> {
@@ -149,6 +232,8 @@ fn start_path(path: StartPath) -> mesh::StartPath {
         StartPath::Cold => mesh::StartPath::Cold,
         StartPath::Memory => mesh::StartPath::Memory,
         StartPath::Disk => mesh::StartPath::Disk,
+        StartPath::Restored => mesh::StartPath::Restored,
+        StartPath::RestoredDisk => mesh::StartPath::RestoredDisk,
     }
 }
 
@@ -175,6 +260,7 @@ fn parse_order(
         disk_mb: u32::try_from(size.disk_mb)
             .map_err(|_| status(Reason::InvalidSize, "disk_mb must not be negative"))?,
         envs,
+        source: None,
     })
 }
 
@@ -191,12 +277,17 @@ pub(crate) fn vm_status(error: &VmError) -> Status {
         VmError::NotReady => Reason::SandboxNotReady,
         VmError::Hibernated => Reason::SandboxHibernated,
         VmError::NotStored(_) => Reason::HibernationFailed,
+        VmError::NotCaptured(_) => Reason::CheckpointFailed,
+        VmError::Start(StartError::NoSnapshot(_)) => Reason::SnapshotNotFound,
+        VmError::Start(StartError::NoMemory(_)) => Reason::CheckpointHasNoMemory,
+        VmError::Start(StartError::Unusable(_)) => Reason::CheckpointDamaged,
         VmError::Stalled => Reason::HostDiskFull,
         VmError::Busy => Reason::Overloaded,
     };
     match error {
         // Of the host's inside: it is in the log.
         VmError::Start(StartError::Failed(_)) => status(reason, "the microVM could not be started"),
+        VmError::NotCaptured(_) => status(reason, "the checkpoint could not be taken; the sandbox runs on"),
         VmError::NotStored(_) => status(reason, "the sandbox could not be hibernated and runs on"),
         error => status(reason, error.to_string()),
     }

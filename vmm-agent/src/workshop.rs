@@ -53,6 +53,11 @@ impl Workshop {
         Ok(Self { backend, journal, data_dir: data_dir.to_owned() })
     }
 
+    /// What drives VMMs.
+    pub fn backend(&self) -> &dyn Backend {
+        self.backend.as_ref()
+    }
+
     /// Where everything of this host lies.
     pub fn data_dir(&self) -> &Path {
         &self.data_dir

@@ -33,6 +33,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use super::{
+    digests::Digests,
     durable,
     home::{Home, SNAPSHOT_GID},
     parts::Parts,
@@ -42,6 +43,8 @@ use super::{
 use crate::microvm::{Kind, MakeError};
 
 const MEMORY: &str = "memory.img";
+/// Of the memory, where [`super::snapshot::digests_of`] looks for them.
+const DIGESTS: &str = "memory.digests";
 const STATE: &str = "state.bin";
 const LAYER: &str = "layer.img";
 
@@ -76,7 +79,7 @@ impl Golden {
     }
 
     fn is_whole(&self) -> bool {
-        [self.memory(), self.state(), self.layer()].iter().all(|file| file.is_file())
+        [self.memory(), self.dir.join(DIGESTS), self.state(), self.layer()].iter().all(|file| file.is_file())
     }
 
     /// The writable layer.
@@ -265,6 +268,8 @@ fn publish(home: &Home, golden: &Golden) -> io::Result<()> {
     durable::remove(&draft)?;
     DirBuilder::new().recursive(true).mode(0o711).create(draft.parent().unwrap_or(&draft))?;
     DirBuilder::new().mode(0o700).create(&draft)?;
+    let memory = std::fs::File::open(home.dir().join(MEMORY))?;
+    Digests::of(&memory)?.write(&draft.join(DIGESTS))?;
     for name in [MEMORY, STATE, LAYER] {
         let path = draft.join(name);
         fs::rename(home.dir().join(name), &path)?;

@@ -19,7 +19,7 @@ use std::{
 use fs_err::{self as fs, os::unix::fs::chown};
 use sha2::{Digest as _, Sha256};
 
-use super::{durable, layer};
+use super::{durable, layer, snapshot::digests_of};
 
 /// First of 2^28 user IDs that nobody else uses: systemd's list of reserved ranges (UIDS-GIDS.md) leaves 1879048192 and up
 /// to 2147483647 unassigned.
@@ -32,6 +32,11 @@ pub const SNAPSHOT_GID: u32 = FIRST_UID - 1;
 pub const CONTROL: &str = "control.sock";
 /// The name of the socket that leads to the guest's port.
 pub const GUEST: &str = "guest.sock";
+
+/// The state of its devices, while its VMM writes it.
+const SAVED: &str = "saved.bin";
+/// The state of its devices, while its VMM reads it.
+const LOADED: &str = "loaded.bin";
 
 /// Where a VM lives. The value says nothing about what is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +69,7 @@ impl Home {
         self.dir.join("layer.img")
     }
 
-    /// The golden memory that it is a clone of, if it is one.
+    /// The image of memory that it maps, if it maps one.
     pub fn base(&self) -> PathBuf {
         self.dir.join("base.img")
     }
@@ -103,13 +108,61 @@ impl Home {
         self.give(&layer)
     }
 
-    /// Keeps the golden memory `from` for as long as the home is there, whatever becomes of the snapshot.
+    /// Makes the image `from` the one that the VM maps, and keeps it for as long as the home is there, whatever becomes of
+    /// the snapshot that it is of.
     ///
     /// # Errors
     ///
     /// If it cannot be linked.
     pub fn keep_base(&self, from: &Path) -> io::Result<()> {
+        self.forget_base()?;
+        match fs::hard_link(digests_of(from), digests_of(&self.base())) {
+            // A snapshot for use at once has none.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            linked => linked?,
+        }
         fs::hard_link(from, self.base())
+    }
+
+    /// Lets go of the image that the VM mapped.
+    ///
+    /// # Errors
+    ///
+    /// If it resists.
+    pub fn forget_base(&self) -> io::Result<()> {
+        durable::remove(&self.base())?;
+        durable::remove(&digests_of(&self.base()))
+    }
+
+    /// Makes an empty file that the VMM may write its devices' state to.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn state_to_save(&self) -> io::Result<PathBuf> {
+        durable::remove(&self.dir.join(SAVED))?;
+        self.add_file(SAVED)
+    }
+
+    /// Makes a file that the VMM may read its devices' state from.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn state_to_load(&self, fill: impl FnOnce(&fs::File) -> io::Result<()>) -> io::Result<PathBuf> {
+        durable::remove(&self.dir.join(LOADED))?;
+        let path = self.add_file(LOADED)?;
+        fill(&fs::OpenOptions::new().write(true).open(&path)?)?;
+        Ok(path)
+    }
+
+    /// Removes what [`Home::state_to_load`] made.
+    ///
+    /// # Errors
+    ///
+    /// If it resists.
+    pub fn forget_state(&self) -> io::Result<()> {
+        durable::remove(&self.dir.join(LOADED))
     }
 
     /// Removes the sockets of a VMM that is gone.

@@ -1,6 +1,9 @@
 //! One VM of this host, as the lifecycle sees it.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use futures_util::future::BoxFuture;
 use tower::util::BoxCloneSyncService;
@@ -11,13 +14,15 @@ use super::{
     golden::Goldens,
     home::Home,
     parts::Parts,
+    capture::Capture,
     running::{self, CloneError, Running},
-    stored::{self, Draft, Origin},
+    snapshot::{Manifest, Origin, Place},
     vmm::Memory,
 };
 use crate::{
-    backend::{Condition, Guest, Instance},
+    backend::{Captured, Circumstances, Condition, Guest, Instance, Wanted},
     microvm::{Kind, MakeError},
+    telemetry,
 };
 
 /// A handle to a VM: its name leads to its home and its group, whatever is there of them.
@@ -28,16 +33,36 @@ pub struct Vm {
     /// What can make it run; absent where VMs are only removed.
     source: Option<(Arc<Parts>, Arc<Goldens>)>,
     running: Option<Running>,
+    /// What was taken of it and is not kept yet.
+    capture: Option<(String, Capture)>,
 }
 
 impl Vm {
     /// The VM in `home`, with the group `cgroup`.
     pub fn new(home: Home, cgroup: Cgroup, source: Option<(Arc<Parts>, Arc<Goldens>)>) -> Self {
-        Self { home, cgroup, source, running: None }
+        Self { home, cgroup, source, running: None, capture: None }
     }
 
     fn source(&self) -> Result<(Arc<Parts>, Arc<Goldens>), MakeError> {
         self.source.clone().ok_or_else(|| MakeError::Backend("this agent only removes VMs".into()))
+    }
+
+    /// Memory that it was started with, MiB.
+    async fn memory_mb(&self) -> Result<u32, MakeError> {
+        Ok(running::on_disk(&self.home, Origin::read).await?.memory_mb)
+    }
+
+    /// Puts a copy of a snapshot's disk into the home.
+    async fn take_layer(&self, parts: &Arc<Parts>, snapshot_id: &str) -> Result<Manifest, MakeError> {
+        let (place, known) = (parts.places.snapshot(snapshot_id), parts.clone());
+        let work = move |home: &Home| {
+            let Some(manifest) = place.read()? else { return Ok(None) };
+            place.verify_layer(&manifest, &known.verified)?;
+            home.add_layer(&place.layer())?;
+            Ok(Some(manifest))
+        };
+        let taken = telemetry::step("layer", running::unless_damaged(&self.home, work)).await?;
+        taken.ok_or_else(|| MakeError::NoSnapshot(snapshot_id.to_owned()))
     }
 
     fn running(&self) -> Result<&Running, MakeError> {
@@ -75,17 +100,71 @@ impl Instance for Vm {
     }
 
     async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError> {
+        let (parts, _) = self.source()?;
         let running = self.running()?;
+        let memory = running.memory(self.memory_mb().await?).await?;
         // Else it would find half a conversation when it wakes.
         running.link.hang_up().await;
+        let capture = Capture::begin(Place::stored(&self.home), &self.home, Some(memory), false).await?;
+        let paused_at = Instant::now();
         running.machine.pause().await?;
-        let (draft, origin) =
-            running::on_disk(&self.home, |home| Ok((Draft::begin(home)?, Origin::read(home)?))).await?;
-        running.machine.save(&draft.state()).await?;
-        let memory = running.memory(origin.memory_mb).await?;
-        let manifest =
-            running::on_disk(&self.home, move |home| draft.publish(home, &memory, is_quiet)).await?;
-        Ok(manifest.bytes())
+        let capture = capture.take(running.machine.as_ref()).await?;
+        let circumstances = Circumstances {
+            taken_at: SystemTime::now(),
+            is_quiet,
+            pause: paused_at.elapsed(),
+            freeze: Duration::ZERO,
+            is_ephemeral: false,
+        };
+        Ok(capture.publish(parts, circumstances).await?.bytes())
+    }
+
+    async fn capture(&mut self, what: &Wanted) -> Result<Duration, MakeError> {
+        let (parts, _) = self.source()?;
+        let running = self.running()?;
+        let memory = match what.disk_only {
+            true => None,
+            false => Some(running.memory(self.memory_mb().await?).await?),
+        };
+        let place = parts.places.snapshot(&what.snapshot_id);
+        let capture = Capture::begin(place, &self.home, memory, true).await?;
+        let begun = Instant::now();
+        running.machine.pause().await?;
+        let taken = capture.take(running.machine.as_ref()).await;
+        // Whatever became of it.
+        running.machine.resume().await?;
+        let pause = begun.elapsed();
+        self.capture = Some((what.snapshot_id.clone(), taken?));
+        Ok(pause)
+    }
+
+    async fn keep_capture(&mut self, circumstances: Circumstances) -> Result<Captured, MakeError> {
+        let (parts, _) = self.source()?;
+        let captured = self.capture.take();
+        let (id, capture) = captured.ok_or_else(|| MakeError::Backend("nothing is captured".into()))?;
+        capture.publish(parts.clone(), circumstances).await?;
+        running::on_disk(&self.home, move |_| parts.shelf.add(&id)).await
+    }
+
+    async fn restore_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
+        let place = parts.places.snapshot(snapshot_id);
+        let manifest = self.take_layer(&parts, snapshot_id).await?;
+        if !manifest.has_memory() {
+            return Err(MakeError::NoMemory(snapshot_id.to_owned()));
+        }
+        self.running = Some(Running::of_snapshot(&parts, &place, &self.home, &self.cgroup, kind).await?);
+        Ok(())
+    }
+
+    async fn boot_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
+        let manifest = self.take_layer(&parts, snapshot_id).await?;
+        if manifest.origin.template_digest != parts.bootable(&kind.template)?.template.digest {
+            return Err(MakeError::Unusable("the base image of its disk is not on this host any more".into()));
+        }
+        self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
+        Ok(())
     }
 
     async fn release(&mut self) -> Result<(), MakeError> {
@@ -100,7 +179,8 @@ impl Instance for Vm {
 
     async fn restore_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
-        self.running = Some(Running::of_stored(&parts, &self.home, &self.cgroup, kind).await?);
+        let place = Place::stored(&self.home);
+        self.running = Some(Running::of_snapshot(&parts, &place, &self.home, &self.cgroup, kind).await?);
         Ok(())
     }
 
@@ -111,13 +191,13 @@ impl Instance for Vm {
             return Err(MakeError::Backend("the base image of its disk is not on this host any more".into()));
         }
         // It is no clone any more.
-        running::on_disk(&self.home, |home| durable::remove(&home.base())).await?;
+        running::on_disk(&self.home, Home::forget_base).await?;
         self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
         Ok(())
     }
 
     async fn forget_stored(&mut self) -> Result<(), MakeError> {
-        running::on_disk(&self.home, stored::remove).await
+        running::on_disk(&self.home, |home| Place::stored(home).remove()).await
     }
 
     async fn adopt(&mut self) -> Result<bool, MakeError> {

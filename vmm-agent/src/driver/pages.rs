@@ -26,17 +26,21 @@ const SWAPPED: u64 = 1 << 62;
 const OF_A_FILE: u64 = 1 << 61;
 /// Bytes that are copied at a time.
 const PIECE: u64 = 1 << 20;
+/// Places in another process's memory that are read at a time: `IOV_MAX` (process_vm_readv(2)).
+const MAX_RUNS: usize = 1024;
 
 /// Pages that follow each other: the first one's number, and how many there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run(pub u32, pub u32);
 
 impl Run {
-    fn offset(self) -> u64 {
+    /// Where the first one begins.
+    pub fn offset(self) -> u64 {
         u64::from(self.0) * PAGE
     }
 
-    fn bytes(self) -> u64 {
+    /// What they take.
+    pub fn bytes(self) -> u64 {
         u64::from(self.1) * PAGE
     }
 }
@@ -53,12 +57,12 @@ pub struct GuestMemory {
 }
 
 /// Which pages a file holds, one after the other, and the digest of all of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pages {
     /// The pages, in order.
     pub runs: Vec<Run>,
-    /// SHA-256 of the file, hex.
-    pub sha256: String,
+    /// SHA-256 of the file, hex; `None` if it is for use at once.
+    pub sha256: Option<String>,
 }
 
 impl Pages {
@@ -79,25 +83,57 @@ impl Pages {
 }
 
 impl GuestMemory {
-    /// Writes the VM's own pages to `file`.
+    /// The pages that are the VM's own.
+    ///
+    /// # Errors
+    ///
+    /// If the process has ended.
+    pub fn own(&self) -> io::Result<Vec<Run>> {
+        let pagemap = self.process.open_file("pagemap", OpenOptions::new().read(true))?;
+        let pages = self.bytes / PAGE;
+        let mut entries = vec![0; usize::try_from(pages * ENTRY).map_err(io::Error::other)?];
+        pagemap.read_exact_at(&mut entries, self.address / PAGE * ENTRY)?;
+        Ok(own(&entries))
+    }
+
+    /// Writes the pages `runs` to `file`, one after the other.
     ///
     /// # Errors
     ///
     /// If the process has ended, or the file does not take them.
-    pub fn save(&self, file: &mut File) -> io::Result<Pages> {
-        let runs = self.own()?;
-        let memory = self.process.open_file("mem", OpenOptions::new().read(true))?;
-        let mut digest = Sha256::new();
-        let mut buffer = Vec::new();
-        for run in &runs {
-            for (at, length) in pieces(*run) {
-                buffer.resize(length, 0);
-                memory.read_exact_at(&mut buffer, self.address + at)?;
-                digest.update(&buffer);
-                file.write_all(&buffer)?;
+    pub fn save(&self, runs: &[Run], file: &File) -> io::Result<()> {
+        let mut file = file;
+        self.read(runs, |_, bytes| file.write_all(bytes))
+    }
+
+    /// Writes the pages `runs` over those of `image`, an image of such a memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`GuestMemory::save`].
+    pub fn save_over(&self, runs: &[Run], image: &File) -> io::Result<()> {
+        self.read(runs, |batch, bytes| {
+            let mut rest = bytes;
+            for run in batch {
+                let (part, after) = rest.split_at(run.bytes() as usize);
+                image.write_all_at(part, run.offset())?;
+                rest = after;
             }
+            Ok(())
+        })
+    }
+
+    /// Reads the pages `runs` in batches: the runs of a batch, and their bytes one after the other.
+    fn read(&self, runs: &[Run], mut take: impl FnMut(&[Run], &[u8]) -> io::Result<()>) -> io::Result<()> {
+        let mut buffer = vec![0; PIECE as usize];
+        for batch in batches(runs) {
+            let bytes: u64 = batch.iter().map(|run| run.bytes()).sum();
+            // At most PIECE.
+            let buffer = &mut buffer[..bytes as usize];
+            self.process.read_memory(batch.iter().map(|run| (self.address + run.offset(), run.bytes())), buffer)?;
+            take(&batch, buffer)?;
         }
-        Ok(Pages { runs, sha256: hex::encode(digest.finalize()) })
+        Ok(())
     }
 
     /// Makes `pages`, which `file` holds, the VM's own.
@@ -117,23 +153,37 @@ impl GuestMemory {
             for (at, length) in pieces(*run) {
                 buffer.resize(length, 0);
                 file.read_exact(&mut buffer)?;
-                digest.update(&buffer);
+                if pages.sha256.is_some() {
+                    digest.update(&buffer);
+                }
                 memory.write_all_at(&buffer, self.address + at)?;
             }
         }
-        match hex::encode(digest.finalize()) == pages.sha256 {
-            true => Ok(()),
-            false => Err(damaged("the pages are not those that were saved")),
+        match &pages.sha256 {
+            Some(expected) if *expected != hex::encode(digest.finalize()) => {
+                Err(damaged("the pages are not those that were saved"))
+            }
+            _ => Ok(()),
         }
     }
+}
 
-    fn own(&self) -> io::Result<Vec<Run>> {
-        let pagemap = self.process.open_file("pagemap", OpenOptions::new().read(true))?;
-        let pages = self.bytes / PAGE;
-        let mut entries = vec![0; usize::try_from(pages * ENTRY).map_err(io::Error::other)?];
-        pagemap.read_exact_at(&mut entries, self.address / PAGE * ENTRY)?;
-        Ok(own(&entries))
-    }
+/// Cuts runs into batches of at most [`PIECE`] bytes and [`MAX_RUNS`] runs.
+fn batches(runs: &[Run]) -> impl Iterator<Item = Vec<Run>> {
+    const PAGES: u32 = (PIECE / PAGE) as u32;
+    let mut rest = runs.iter().copied();
+    let mut cut: Option<Run> = None;
+    std::iter::from_fn(move || {
+        let (mut batch, mut room) = (Vec::new(), PAGES);
+        while room > 0 && batch.len() < MAX_RUNS {
+            let Some(run) = cut.take().or_else(|| rest.next()) else { break };
+            let taken = run.1.min(room);
+            batch.push(Run(run.0, taken));
+            room -= taken;
+            cut = (taken < run.1).then(|| Run(run.0 + taken, run.1 - taken));
+        }
+        (!batch.is_empty()).then_some(batch)
+    })
 }
 
 /// The runs of own pages by their entries.
@@ -205,11 +255,32 @@ mod tests {
         byte[0]
     }
 
+    fn saved(memory: &GuestMemory, file: &mut File) -> Pages {
+        let runs = memory.own().unwrap();
+        memory.save(&runs, file).unwrap();
+        file.seek(SeekFrom::Start(0)).unwrap();
+        Pages { runs, sha256: Some(sha256_of(file).unwrap()) }
+    }
+
+    #[test]
+    fn batches_are_bounded_and_leave_nothing_out() {
+        let scattered: Vec<_> = (0..3000).map(|number| Run(number * 2, 1)).collect();
+        for runs in [vec![Run(0, 1000), Run(2000, 3)], scattered, vec![]] {
+            let batches: Vec<_> = batches(&runs).collect();
+            assert!(batches.iter().all(|batch| batch.len() <= MAX_RUNS));
+            assert!(batches.iter().all(|batch| batch.iter().map(|run| run.bytes()).sum::<u64>() <= PIECE));
+            let pages = |runs: &[Run]| -> Vec<u32> { runs.iter().flat_map(|run| run.0..run.0 + run.1).collect() };
+            assert_eq!(pages(&batches.concat()), pages(&runs));
+        }
+    }
+
     #[tokio::test]
     async fn what_was_changed_is_saved_and_comes_back_in_another_copy() {
         let mut image = tempfile::tempfile().unwrap();
         image.write_all(&vec![7; PAGES * PAGE as usize]).unwrap();
-        let (memory, other) = (map(&image), map(&image));
+        let original = tempfile::tempfile().unwrap();
+        (&original).write_all(&vec![7; PAGES * PAGE as usize]).unwrap();
+        let (memory, other) = (map(&image), map(&original));
         let writer = memory.process.open_file("mem", OpenOptions::new().write(true)).unwrap();
         for (first, pages) in [(3, 1_usize), (10, 2), (100, 300), (599, 1)] {
             writer.write_all_at(&vec![9; pages * PAGE as usize], memory.address + first * PAGE).unwrap();
@@ -217,9 +288,11 @@ mod tests {
         // Read, and still the image's.
         assert_eq!(byte(&memory, 50), 7);
         let mut file = tempfile::tempfile().unwrap();
-        let pages = memory.save(&mut file).unwrap();
+        let pages = saved(&memory, &mut file);
         assert_eq!(pages.runs, [Run(3, 1), Run(10, 2), Run(100, 300), Run(599, 1)]);
         assert_eq!(file.metadata().unwrap().len(), pages.bytes());
+        // Laid over the image, they make one that has it all.
+        memory.save_over(&pages.runs, &image).unwrap();
 
         file.seek(SeekFrom::Start(0)).unwrap();
         other.load(&mut file, &pages).unwrap();
@@ -227,6 +300,9 @@ mod tests {
             assert_eq!(byte(&other, page), byte(&memory, page), "page {page}");
         }
         assert_eq!(other.own().unwrap(), pages.runs);
+        let merged = map(&image);
+        assert!((0..PAGES as u64).all(|page| byte(&merged, page) == byte(&memory, page)));
+        assert_eq!(merged.own().unwrap(), []);
     }
 
     #[tokio::test]
@@ -237,7 +313,7 @@ mod tests {
         let writer = memory.process.open_file("mem", OpenOptions::new().write(true)).unwrap();
         writer.write_all_at(&[1; 2 * PAGE as usize], memory.address).unwrap();
         let mut file = tempfile::tempfile().unwrap();
-        let pages = memory.save(&mut file).unwrap();
+        let pages = saved(&memory, &mut file);
         let refused = |file: &mut File, pages: &Pages| {
             file.seek(SeekFrom::Start(0)).unwrap();
             memory.load(file, pages).unwrap_err().kind()

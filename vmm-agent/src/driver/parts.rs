@@ -15,10 +15,13 @@ use tokio::sync::OnceCell;
 
 use super::{
     cgroup::{Cgroup, Cgroups, Limits},
+    digests::Verified,
     durable,
     home::Home,
     initramfs::{self, Initramfs},
     layer,
+    shelf::Shelf,
+    snapshot::Origin,
     template::Template,
     vmm::Vmm,
 };
@@ -36,6 +39,8 @@ pub struct Places {
     pub homes: PathBuf,
     /// Golden snapshots.
     pub goldens: PathBuf,
+    /// Snapshots of sandboxes' VMs.
+    pub snapshots: PathBuf,
     /// What can be made again.
     pub cache: PathBuf,
 }
@@ -43,7 +48,12 @@ pub struct Places {
 impl Places {
     /// Below `data_dir`.
     pub fn of(data_dir: &Path) -> Self {
-        Self { homes: data_dir.join("vms"), goldens: data_dir.join("golden"), cache: data_dir.join("cache") }
+        Self {
+            homes: data_dir.join("vms"),
+            goldens: data_dir.join("golden"),
+            snapshots: data_dir.join("snapshots"),
+            cache: data_dir.join("cache"),
+        }
     }
 
     /// Makes them, passable for the VMs' users.
@@ -56,7 +66,9 @@ impl Places {
             DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
             fs::set_permissions(dir, Permissions::from_mode(0o711))?;
         }
-        Ok(())
+        // What is in them is their sandboxes' own: no VM's user comes in.
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.snapshots)?;
+        fs::set_permissions(&self.snapshots, Permissions::from_mode(0o700))
     }
 
     /// Removes them, with all that is in them.
@@ -65,7 +77,7 @@ impl Places {
     ///
     /// If something resists.
     pub fn remove(&self) -> io::Result<()> {
-        [&self.goldens, &self.cache, &self.homes].into_iter().try_for_each(|dir| durable::remove(dir))
+        [&self.goldens, &self.cache, &self.snapshots, &self.homes].into_iter().try_for_each(|dir| durable::remove(dir))
     }
 }
 
@@ -89,8 +101,13 @@ pub struct Parts {
     pub places: Places,
     /// The VMs' groups.
     pub cgroups: Cgroups,
+    /// The snapshots of sandboxes' VMs.
+    pub shelf: Shelf,
+    /// Files of snapshots that were found whole.
+    pub verified: Verified,
     bootables: BTreeMap<String, Bootable>,
     empty_layer: OnceCell<PathBuf>,
+    processor: String,
 }
 
 impl Parts {
@@ -108,13 +125,16 @@ impl Parts {
     ) -> io::Result<Self> {
         places.create()?;
         cgroups.prepare()?;
+        let processor = processor()?;
         let mut bootables = BTreeMap::new();
         for template in templates {
             let initramfs = initramfs::ensure(&places.cache, &template, guest_binary)?;
-            let snapshot_key = snapshot_key(&template, &initramfs, vmm.as_ref())?;
+            let snapshot_key = snapshot_key(&template, &initramfs, vmm.as_ref(), &processor);
             bootables.insert(template.name.clone(), Bootable { template, initramfs, snapshot_key });
         }
-        let parts = Self { vmm, places, cgroups, bootables, empty_layer: OnceCell::new() };
+        let empty_layer = OnceCell::new();
+        let (shelf, verified) = (Shelf::open(&places)?, Verified::default());
+        let parts = Self { vmm, places, cgroups, shelf, verified, bootables, empty_layer, processor };
         parts.sweep_cache()?;
         Ok(parts)
     }
@@ -136,6 +156,15 @@ impl Parts {
     /// [`MakeError::NoTemplate`].
     pub fn bootable(&self, name: &str) -> Result<&Bootable, MakeError> {
         self.bootables.get(name).ok_or_else(|| MakeError::NoTemplate(name.to_owned()))
+    }
+
+    /// What a VM of `kind` that is started now is of.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::NoTemplate`].
+    pub fn origin(&self, kind: &Kind) -> Result<Origin, MakeError> {
+        Ok(Origin::of(self.bootable(&kind.template)?, kind, self.vmm.version(), &self.processor))
     }
 
     /// The home of the VM called `vm`.
@@ -198,13 +227,17 @@ impl Parts {
     }
 }
 
-fn snapshot_key(template: &Template, initramfs: &Initramfs, vmm: &dyn Vmm) -> io::Result<String> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
-    let cpu = cpuinfo.lines().find(|line| line.starts_with("model name")).unwrap_or_default();
+fn snapshot_key(template: &Template, initramfs: &Initramfs, vmm: &dyn Vmm, processor: &str) -> String {
     let mut digest = Sha256::new();
-    for part in [&template.digest, &initramfs.digest, &vmm.snapshot_key(), cpu] {
+    for part in [&template.digest, &initramfs.digest, &vmm.snapshot_key(), processor] {
         digest.update(part.as_bytes());
         digest.update([0]);
     }
-    Ok(hex::encode(&digest.finalize()[..8]))
+    hex::encode(&digest.finalize()[..8])
+}
+
+/// The host's processor, as the kernel calls it.
+fn processor() -> io::Result<String> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+    Ok(cpuinfo.lines().find(|line| line.starts_with("model name")).unwrap_or_default().to_owned())
 }

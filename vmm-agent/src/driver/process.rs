@@ -2,14 +2,17 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io,
+    io::{self, IoSliceMut},
     os::fd::{AsFd as _, OwnedFd},
     sync::Arc,
     time::Duration,
 };
 
 use futures_util::future::BoxFuture;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::uio::{RemoteIoVec, process_vm_readv},
+};
 use rustix::{
     io::Errno,
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
@@ -51,10 +54,38 @@ impl Process {
     /// If it has ended, or the file cannot be opened.
     pub fn open_file(&self, name: &str, options: &OpenOptions) -> io::Result<File> {
         let file = options.open(format!("/proc/{}/{name}", self.pid))?;
-        // Still alive: its number was not another's when the file was opened.
+        // Its number was not another's when the file was opened.
+        self.alive()?;
+        Ok(file)
+    }
+
+    /// Reads `places`, addresses and lengths in the process's memory, one after the other into `buffer`, which they fill:
+    /// 1024 at most.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended, or has nothing there.
+    pub fn read_memory(
+        &self,
+        places: impl Iterator<Item = (u64, u64)>,
+        buffer: &mut [u8],
+    ) -> io::Result<()> {
+        // Both fit: the process is one of this machine.
+        let remote: Vec<_> =
+            places.map(|(base, len)| RemoteIoVec { base: base as usize, len: len as usize }).collect();
+        let wanted = buffer.len();
+        let read = process_vm_readv(nix::unistd::Pid::from_raw(self.pid), &mut [IoSliceMut::new(buffer)], &remote)?;
+        if read != wanted {
+            return Err(io::Error::other(format!("{read} of {wanted} bytes of a process's memory can be read")));
+        }
+        self.alive()
+    }
+
+    /// Fails if it has ended: then its number may be another's.
+    fn alive(&self) -> io::Result<()> {
         let mut ended = [PollFd::new(self.fd.get_ref().as_fd(), PollFlags::POLLIN)];
         match poll(&mut ended, PollTimeout::ZERO)? {
-            0 => Ok(file),
+            0 => Ok(()),
             _ => Err(io::ErrorKind::NotFound.into()),
         }
     }

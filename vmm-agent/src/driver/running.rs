@@ -1,6 +1,6 @@
-//! A VM that runs, and the two ways to get one: a boot, and a clone of a golden snapshot.
+//! A VM that runs, and the ways to get one: a boot, a clone of a golden snapshot, and what a snapshot of a VM makes go on.
 
-use std::{future::Future, io, time::Duration};
+use std::{future::Future, io, sync::Arc, time::Duration};
 
 use tokio::task::spawn_blocking;
 
@@ -13,7 +13,7 @@ use super::{
     pages::GuestMemory,
     parts::Parts,
     process::Process,
-    stored::{self, Origin},
+    snapshot::Place,
     vmm::{Launch, Machine, Memory, Start, VmmError},
 };
 use crate::{
@@ -94,33 +94,48 @@ impl Running {
         }
     }
 
-    /// Starts the VM that is stored in `home`. It is paused then, as it was.
+    /// Starts a VM in `home`, whose layer is there, from the memory and devices of the snapshot at `place`. It is paused
+    /// then, as it was.
     ///
     /// # Errors
     ///
-    /// [`MakeError::Unusable`] if what is stored is no good; a process may be in `cgroup`.
-    pub async fn of_stored(
-        parts: &Parts,
+    /// [`MakeError::Unusable`] if the snapshot is no good; a process may be in `cgroup`.
+    pub async fn of_snapshot(
+        parts: &Arc<Parts>,
+        place: &Place,
         home: &Home,
         cgroup: &Cgroup,
         kind: &Kind,
     ) -> Result<Self, MakeError> {
-        let manifest = unless_damaged(home, stored::read).await?;
-        let Some(manifest) = manifest else {
+        let origin = parts.origin(kind)?;
+        let (from, known) = (place.clone(), parts.clone());
+        let begun = move |home: &Home| {
+            let Some(manifest) = from.read()? else { return Ok(None) };
+            if manifest.origin == origin && manifest.has_memory() {
+                from.verify_memory(&manifest, &known.verified)?;
+                home.keep_base(&from.memory())?;
+            }
+            let state = home.state_to_load(|file| from.copy_state(file))?;
+            Ok(Some((manifest, origin, state)))
+        };
+        let begun = telemetry::step("verify", unless_damaged(home, begun)).await?;
+        let Some((manifest, origin, state)) = begun else {
             return Err(MakeError::Unusable("there is none".into()));
         };
-        if manifest.origin != Origin::of(parts.bootable(&kind.template)?, kind) {
+        if manifest.origin != origin {
             return Err(MakeError::Unusable("it is of another VMM, CPU, kernel or base image".into()));
         }
-        let memory = if manifest.has_base { Memory::CopyOf(home.base()) } else { Memory::Anonymous };
-        let running = Self::launch(parts, home, cgroup, kind, memory, Start::Paused).await?;
+        let running = Self::launch(parts, home, cgroup, kind, Memory::CopyOf(home.base()), Start::Paused).await?;
         let memory = running.memory(kind.memory_mb).await?;
         // Before the devices: they look at what the guest has left them there.
-        let pages = unless_damaged(home, move |home| stored::load(home, &manifest, &memory));
+        let from = place.clone();
+        let pages = unless_damaged(home, move |_| from.load_pages(&manifest, &memory));
         running.unless_it_ends(telemetry::step("pages", pages)).await??;
-        let state = stored::state(home);
         match running.unless_it_ends(telemetry::step("load", running.machine.load(&state))).await? {
-            Ok(()) => Ok(running),
+            Ok(()) => {
+                on_disk(home, Home::forget_state).await?;
+                Ok(running)
+            }
             Err(VmmError::Snapshot(reason)) => Err(MakeError::Unusable(reason)),
             Err(error) => Err(error.into()),
         }
@@ -162,7 +177,7 @@ impl Running {
         start: Start,
     ) -> Result<Self, MakeError> {
         let bootable = parts.bootable(&kind.template)?;
-        let origin = Origin::of(bootable, kind);
+        let origin = parts.origin(kind)?;
         on_disk(home, move |home| origin.write(home)).await?;
         parts.create_group(cgroup, kind)?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;
@@ -228,8 +243,12 @@ pub async fn add_layer(home: &Home, layer: std::path::PathBuf) -> Result<(), Mak
     telemetry::step("layer", on_disk(home, move |home| home.add_layer(&layer))).await
 }
 
-/// Reads what is stored, on a thread of its own.
-async fn unless_damaged<T: Send + 'static>(
+/// Reads a snapshot, on a thread of its own.
+///
+/// # Errors
+///
+/// [`MakeError::Unusable`] if it is damaged.
+pub async fn unless_damaged<T: Send + 'static>(
     home: &Home,
     work: impl FnOnce(&Home) -> io::Result<T> + Send + 'static,
 ) -> Result<T, MakeError> {

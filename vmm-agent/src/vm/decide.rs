@@ -52,6 +52,11 @@ pub enum Input {
         /// The caller's epoch.
         epoch: Epoch,
     },
+    /// A request to take its state down, for `epoch`.
+    Capture {
+        /// The caller's epoch.
+        epoch: Epoch,
+    },
     /// It is stored.
     Stored,
     /// It cannot be stored; it runs on.
@@ -83,6 +88,8 @@ pub enum Transition {
     Sleep,
     /// Go to [`Phase::Waking`]: make it run again.
     Wake,
+    /// Stay as it is, and take its state down.
+    Capture,
     /// Go to [`Phase::Failed`]: end what is left of the VM, keep the record.
     Fail,
     /// Go to [`Phase::Deleting`]: give up a start in progress, remove everything, remember the epoch.
@@ -99,7 +106,7 @@ impl Transition {
     /// The phase after the transition.
     pub fn leads_to(self, from: Phase) -> Phase {
         match self {
-            Self::Join | Self::Ignore => from,
+            Self::Join | Self::Ignore | Self::Capture => from,
             Self::Run => Phase::Running,
             Self::Hibernate => Phase::Hibernating,
             Self::Sleep => Phase::Hibernated,
@@ -156,11 +163,17 @@ pub fn decide(phase: Phase, held: Epoch, input: Input) -> Result<Transition, Den
         | Input::Delete { epoch, .. }
         | Input::Hibernate { epoch, .. }
         | Input::Wake { epoch }
+        | Input::Capture { epoch }
             if epoch < held =>
         {
             Err(Denied::StaleEpoch { given: epoch, held })
         }
-        Input::Create { epoch } | Input::Hibernate { epoch, .. } | Input::Wake { epoch } if epoch > held => {
+        Input::Create { epoch }
+        | Input::Hibernate { epoch, .. }
+        | Input::Wake { epoch }
+        | Input::Capture { epoch }
+            if epoch > held =>
+        {
             Err(Denied::Overtaken { given: epoch, held })
         }
         Input::Create { .. } => match phase {
@@ -193,6 +206,12 @@ pub fn decide(phase: Phase, held: Epoch, input: Input) -> Result<Transition, Den
             Phase::Hibernated => Ok(Transition::Wake),
             Phase::Starting | Phase::Running | Phase::Waking => Ok(Transition::Join),
             Phase::Hibernating => Err(Denied::NotReady),
+            Phase::Failed => Err(Denied::Failed),
+            Phase::Deleting | Phase::Gone => Err(Denied::Deleted),
+        },
+        Input::Capture { .. } => match phase {
+            Phase::Running => Ok(Transition::Capture),
+            Phase::Starting | Phase::Hibernating | Phase::Hibernated | Phase::Waking => Err(Denied::NotReady),
             Phase::Failed => Err(Denied::Failed),
             Phase::Deleting | Phase::Gone => Err(Denied::Deleted),
         },
@@ -237,6 +256,7 @@ mod tests {
             (epochs(), any::<bool>()).prop_map(|(epoch, used)| Input::Delete { epoch, used }),
             (epochs(), any::<bool>()).prop_map(|(epoch, used)| Input::Hibernate { epoch, used }),
             epochs().prop_map(|epoch| Input::Wake { epoch }),
+            epochs().prop_map(|epoch| Input::Capture { epoch }),
             Just(Input::Stored),
             Just(Input::NotStored),
             Just(Input::Woken),
@@ -293,6 +313,7 @@ mod tests {
                 Input::Delete { epoch, used },
                 Input::Hibernate { epoch, used },
                 Input::Wake { epoch },
+                Input::Capture { epoch },
             ] {
                 prop_assert_eq!(decide(phase, HELD, input), Err(Denied::StaleEpoch { given: epoch, held: HELD }));
             }
@@ -319,7 +340,11 @@ mod tests {
         fn events_are_never_denied(phase in phases(), input in inputs()) {
             let is_request = matches!(
                 input,
-                Input::Create { .. } | Input::Delete { .. } | Input::Hibernate { .. } | Input::Wake { .. }
+                Input::Create { .. }
+                    | Input::Delete { .. }
+                    | Input::Hibernate { .. }
+                    | Input::Wake { .. }
+                    | Input::Capture { .. }
             );
             if !is_request {
                 prop_assert!(decide(phase, HELD, input).is_ok());
@@ -340,6 +365,14 @@ mod tests {
         // What fails leads back to where it began.
         assert_eq!(decide(Phase::Hibernating, HELD, Input::NotStored), Ok(Transition::Run));
         assert_eq!(decide(Phase::Waking, HELD, Input::NotWoken), Ok(Transition::Sleep));
+    }
+
+    #[test]
+    fn only_one_that_runs_is_captured() {
+        let capture = Input::Capture { epoch: HELD };
+        assert_eq!(decide(Phase::Running, HELD, capture), Ok(Transition::Capture));
+        assert_eq!(decide(Phase::Hibernated, HELD, capture), Err(Denied::NotReady));
+        assert_eq!(decide(Phase::Deleting, HELD, capture), Err(Denied::Deleted));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How the VM of a sandbox comes to run: from the pool, else by a restore, else by a boot.
+//! How the VM of a sandbox comes to run: from the pool, else by a restore, else by a boot; or from a snapshot.
 //!
 //! Each attempt has a deadline, and what it made is removed before the next one. Whatever exists at any moment
 //! lies in the caller's `slot`, so a start may be dropped at any await.
@@ -28,6 +28,8 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(65);
 /// The first use of a kind boots it, readies it and takes its snapshot: seconds. Together with a boot it must take less
 /// than a caller waits.
 const GOLDEN_DEADLINE: Duration = Duration::from_secs(45);
+/// From a snapshot: as a clone, and its memory is read at the disk's pace.
+const RESTORE_DEADLINE: Duration = Duration::from_secs(50);
 /// Restores that are tried before the VM is booted instead.
 const CLONE_ATTEMPTS: usize = 2;
 
@@ -40,6 +42,17 @@ pub struct Order {
     pub disk_mb: u32,
     /// Environment of every command.
     pub envs: HashMap<String, String>,
+    /// The snapshot that it begins with, if any.
+    pub source: Option<Source>,
+}
+
+/// A snapshot to begin with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// What it is called.
+    pub snapshot_id: String,
+    /// Whether only its disk is taken, which is booted.
+    pub disk_only: bool,
 }
 
 impl Order {
@@ -52,7 +65,8 @@ impl Order {
 /// Where the VM of a sandbox comes from.
 #[derive(Debug)]
 pub enum Origin {
-    /// A create; if it replaces the VM of an earlier epoch, that one goes first.
+    /// A create; if it replaces the VM of an earlier epoch, that one goes first, or last if it begins with a snapshot:
+    /// until it runs, the earlier one stays as it is.
     Create {
         /// What is asked for.
         order: Order,
@@ -115,6 +129,15 @@ pub enum StartError {
     /// There is no such template here.
     #[error("there is no template {0:?} on this host")]
     NoTemplate(String),
+    /// There is no such snapshot here.
+    #[error("there is no snapshot {0:?} on this host")]
+    NoSnapshot(String),
+    /// The snapshot holds no memory.
+    #[error("snapshot {0:?} holds a disk alone")]
+    NoMemory(String),
+    /// The snapshot is no good.
+    #[error("the snapshot cannot be used: {0}")]
+    Unusable(String),
     /// Every way of starting it failed.
     #[error("the microVM could not be started: {0}")]
     Failed(String),
@@ -181,6 +204,9 @@ impl Starter {
         slot: &mut Option<MicroVm>,
     ) -> Result<StartPath, StartError> {
         let mut failures = Vec::new();
+        if let Some(source) = &order.source {
+            return self.from_snapshot(owner, order, source, slot, &mut failures).await;
+        }
         if let Some(microvm) = self.pool.take(&order.kind) {
             let microvm = slot.insert(microvm);
             let claim = async {
@@ -221,6 +247,39 @@ impl Starter {
         Err(StartError::Failed(failures.join("; ")))
     }
 
+    /// Starts a VM from a snapshot, as it says or not at all.
+    async fn from_snapshot(
+        &self,
+        owner: &Owner,
+        order: &Order,
+        source: &Source,
+        slot: &mut Option<MicroVm>,
+        failures: &mut Vec<String>,
+    ) -> Result<StartPath, StartError> {
+        let (path, deadline) = match source.disk_only {
+            true => (StartPath::RestoredDisk, BOOT_DEADLINE),
+            false => (StartPath::Restored, RESTORE_DEADLINE),
+        };
+        for _ in 0..CLONE_ATTEMPTS {
+            let start = async {
+                let microvm = self.workshop.create(Stage::Claimed(owner.clone()), slot).await?;
+                let id = &source.snapshot_id;
+                if source.disk_only {
+                    telemetry::step("boot", microvm.instance().boot_snapshot(id, &order.kind)).await?;
+                } else {
+                    telemetry::step("restore", microvm.instance().restore_snapshot(id, &order.kind)).await?;
+                    microvm.resume().await?;
+                }
+                self.hand_over(owner, order, microvm, path).await
+            };
+            let outcome = timeout(deadline, start).await;
+            if self.settle(path, outcome, slot, failures).await? {
+                return Ok(path);
+            }
+        }
+        Err(StartError::Failed(failures.join("; ")))
+    }
+
     /// Tells the guest whose it is, and then the journal that it runs.
     async fn hand_over(
         &self,
@@ -245,6 +304,9 @@ impl Starter {
         let error = match outcome {
             Ok(Ok(_)) => return Ok(true),
             Ok(Err(MakeError::NoTemplate(name))) => return Err(StartError::NoTemplate(name)),
+            Ok(Err(MakeError::NoSnapshot(id))) => return Err(StartError::NoSnapshot(id)),
+            Ok(Err(MakeError::NoMemory(id))) => return Err(StartError::NoMemory(id)),
+            Ok(Err(MakeError::Unusable(reason))) => return Err(StartError::Unusable(reason)),
             Ok(Err(error)) => error.to_string(),
             Err(_) => "not done in time".to_owned(),
         };

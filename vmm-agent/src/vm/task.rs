@@ -8,16 +8,16 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{Instant, MissedTickBehavior, interval_at},
+    time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, info, warn};
 
 use crate::{
-    backend::Guest,
+    backend::{Captured, Guest, Wanted},
     identity::Epoch,
     journal::{Owner, Stage, StartPath},
-    microvm::MicroVm,
+    microvm::{MakeError, MicroVm},
     telemetry,
     tombstones::Tombstones,
     vm::{
@@ -30,6 +30,8 @@ use crate::{
 
 /// Requests that wait for the task; a caller beyond that waits for room.
 const QUEUE: usize = 16;
+/// What a VM has changed is written at the disk's pace.
+const CAPTURE_DEADLINE: Duration = Duration::from_secs(300);
 /// How often a VMM is asked how its VM fares.
 const LOOKS_EVERY: Duration = Duration::from_secs(5);
 
@@ -78,6 +80,9 @@ pub enum VmError {
     /// The VM cannot be stored; it runs on.
     #[error("the sandbox cannot be hibernated: {0}")]
     NotStored(Arc<str>),
+    /// The VM's state cannot be taken down; it runs on.
+    #[error("the sandbox's state cannot be taken down: {0}")]
+    NotCaptured(Arc<str>),
     /// The VM is stored, or about to be: it has to be woken first.
     #[error("the sandbox is hibernated")]
     Hibernated,
@@ -106,6 +111,11 @@ enum Request {
         epoch: Epoch,
         order: Order,
         reply: oneshot::Sender<Result<Transition, Denied>>,
+    },
+    Capture {
+        epoch: Epoch,
+        wanted: Wanted,
+        reply: oneshot::Sender<Result<Captured, VmError>>,
     },
 }
 
@@ -136,12 +146,12 @@ pub struct Surroundings {
 
 impl Vm {
     /// Begins a task for the VM of `owner`. `ended` runs when nothing of the VM is left, before anybody who waits
-    /// for that is told.
+    /// for that is told; with the VM that it was to replace, if that one goes on instead.
     pub fn spawn(
         surroundings: &Surroundings,
         owner: Owner,
         origin: Origin,
-        ended: impl FnOnce(&Self) + Send + 'static,
+        ended: impl FnOnce(&Self, Option<Self>) + Send + 'static,
     ) -> Self {
         let (requests, queue) = mpsc::channel(QUEUE);
         let status = Status {
@@ -171,13 +181,14 @@ impl Vm {
             publish,
             activity,
             predecessor: None,
+            reinstates: false,
             order: None,
         };
         let (handle, gone) = (vm.clone(), task.publish.clone());
         surroundings.tasks.spawn(
             async move {
-                if task.run(origin).await {
-                    ended(&handle);
+                if let Some(End { reinstated }) = task.run(origin).await {
+                    ended(&handle, reinstated);
                     gone.send_modify(|status| status.phase = Phase::Gone);
                 }
             }
@@ -272,6 +283,18 @@ impl Vm {
         }
     }
 
+    /// Takes the VM's state down as a snapshot; it runs on. That goes on if the caller goes away.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`]: the epoch does not fit, or it does not run. [`VmError::NotCaptured`]: there is no snapshot.
+    pub async fn capture(&self, epoch: Epoch, wanted: Wanted) -> Result<Captured, VmError> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Capture { epoch, wanted, reply };
+        self.0.requests.send(request).await.map_err(|_| VmError::Leaving)?;
+        answer.await.unwrap_or(Err(VmError::Leaving))
+    }
+
     /// Waits until the VM has settled, if that is all that stands against a request.
     async fn unless_settling(&self, denied: Denied) -> Result<(), VmError> {
         if denied != Denied::NotReady {
@@ -353,6 +376,12 @@ impl Vm {
     }
 }
 
+/// What is left when a task ends.
+struct End {
+    /// The VM that was to be replaced, and goes on.
+    reinstated: Option<Vm>,
+}
+
 struct Task {
     owner: Owner,
     surroundings: Surroundings,
@@ -361,30 +390,31 @@ struct Task {
     activity: Activity,
     /// The VM that this one replaces, until it is gone.
     predecessor: Option<Vm>,
+    /// Whether that one goes on if this one does not start.
+    reinstates: bool,
     /// What the VM is to be that is woken next.
     order: Option<Order>,
 }
 
 impl Task {
-    /// Returns whether nothing of the VM is left; if not, the agent ends and the VM goes on without it.
-    async fn run(mut self, origin: Origin) -> bool {
+    /// Returns when nothing of the VM is left. `None` if the agent ends and the VM goes on without it.
+    async fn run(mut self, origin: Origin) -> Option<End> {
         let mut microvm = None;
-        let Some(mut transition) = self.start(origin, &mut microvm).await else { return false };
+        let mut transition = self.start(origin, &mut microvm).await?;
         loop {
             let next = match transition {
-                Transition::Run => self.attend(microvm.as_ref()).await,
+                Transition::Run => self.attend(microvm.as_mut()).await,
                 Transition::Hibernate => self.hibernate(microvm.as_mut()).await,
                 Transition::Sleep => self.sleep().await,
                 Transition::Wake => self.wake(microvm.as_mut()).await,
                 Transition::Fail => self.fail(microvm.as_mut()).await,
                 Transition::Delete => self.delete(&mut microvm).await,
                 Transition::Undo => self.undo(&mut microvm).await,
-                Transition::End | Transition::Join | Transition::Ignore => return true,
+                Transition::End | Transition::Join | Transition::Ignore | Transition::Capture => {
+                    return Some(End { reinstated: self.predecessor.take() });
+                }
             };
-            match next {
-                Some(next) => transition = next,
-                None => return false,
-            }
+            transition = next?;
         }
     }
 
@@ -417,14 +447,21 @@ impl Task {
             }
         };
         let is_adoption = order.is_none();
+        self.reinstates = order.as_ref().is_some_and(|order| order.source.is_some());
         let surroundings = self.surroundings.clone();
         let (owner, predecessor) = (self.owner.clone(), self.predecessor.clone());
         let leave = surroundings.leave.clone();
         let outcome = {
             let mut start = std::pin::pin!(async {
                 let Some(order) = order else { return surroundings.starter.adopt(path, microvm).await };
+                if order.source.is_none() {
+                    replace(predecessor).await;
+                    return surroundings.starter.create(&owner, &order, microvm).await;
+                }
+                // What it is put back from is left as it is until the journal says that this one runs.
+                let started = surroundings.starter.create(&owner, &order, microvm).await?;
                 replace(predecessor).await;
-                surroundings.starter.create(&owner, &order, microvm).await
+                Ok(started)
             });
             loop {
                 tokio::select! {
@@ -460,28 +497,68 @@ impl Task {
     }
 
     /// Watches a running VM until it is lost or deleted.
-    async fn attend(&mut self, microvm: Option<&MicroVm>) -> Option<Transition> {
+    async fn attend(&mut self, mut microvm: Option<&mut MicroVm>) -> Option<Transition> {
         let _running = telemetry::running();
         let mut looks = interval_at(Instant::now() + LOOKS_EVERY, LOOKS_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 request = self.queue.recv() => {
-                    let decided = self.answer(request?);
-                    if matches!(decided, Some(Transition::Delete | Transition::Hibernate)) {
-                        return decided;
+                    match (request?, microvm.as_deref_mut()) {
+                        (Request::Capture { epoch, wanted, reply }, Some(microvm)) => {
+                            let _ = reply.send(self.capture(epoch, &wanted, microvm).await);
+                        }
+                        (request, _) => {
+                            let decided = self.answer(request);
+                            if matches!(decided, Some(Transition::Delete | Transition::Hibernate)) {
+                                return decided;
+                            }
+                        }
                     }
                 }
-                () = ended(microvm) => return Some(self.lost("its VMM process ended".into())),
+                () = ended(microvm.as_deref()) => return Some(self.lost("its VMM process ended".into())),
                 stopped = async {
                     looks.tick().await;
-                    halt::look_at(&self.publish, microvm).await
+                    halt::look_at(&self.publish, microvm.as_deref()).await
                 } => {
                     if let Some(reason) = stopped {
                         return Some(self.lost(reason));
                     }
                 }
                 () = self.surroundings.leave.cancelled() => return None,
+            }
+        }
+    }
+
+    /// Takes the state of a running VM down. Other requests wait meanwhile, and so does the agent's end.
+    async fn capture(
+        &self,
+        epoch: Epoch,
+        wanted: &Wanted,
+        microvm: &mut MicroVm,
+    ) -> Result<Captured, VmError> {
+        decide(Phase::Running, self.owner.epoch, Input::Capture { epoch })?;
+        let captured = timeout(CAPTURE_DEADLINE, microvm.capture(wanted)).await;
+        match captured.unwrap_or(Err(MakeError::Late)) {
+            Ok(captured) => {
+                info!(
+                    snapshot_id = captured.snapshot_id,
+                    bytes = captured.bytes,
+                    memory_changed_bytes = captured.memory_changed_bytes,
+                    pause_us = captured.circumstances.pause.as_micros(),
+                    freeze_us = captured.circumstances.freeze.as_micros(),
+                    is_quiet = captured.circumstances.is_quiet,
+                    "captured"
+                );
+                Ok(captured)
+            }
+            Err(error) => {
+                warn!(%error, snapshot_id = wanted.snapshot_id, "not captured");
+                // Wherever it stopped.
+                if let Err(error) = microvm.resume().await {
+                    warn!(%error, "cannot make sure that it goes on");
+                }
+                Err(VmError::NotCaptured(error.to_string().into()))
             }
         }
     }
@@ -632,8 +709,12 @@ impl Task {
     /// Removes what a failed start has left, as if it had never been.
     async fn undo(&mut self, microvm: &mut Option<MicroVm>) -> Option<Transition> {
         self.publish.send_modify(|status| status.phase = Phase::Deleting);
+        let spared = if self.reinstates { self.predecessor.take() } else { None };
         self.remove(microvm).await;
-        Some(self.event(Input::Removed))
+        let next = self.event(Input::Removed);
+        // Unless it was deleted meanwhile.
+        self.predecessor = spared;
+        Some(next)
     }
 
     /// Removes the VM, and the one that it was to replace, while requests are answered.
@@ -659,6 +740,12 @@ impl Task {
     fn answer(&mut self, request: Request) -> Option<Transition> {
         let phase = self.publish.borrow().phase;
         let (input, reply) = match request {
+            Request::Capture { epoch, reply, .. } => {
+                // One that runs is captured by who attends to it.
+                let denied = decide(phase, self.owner.epoch, Input::Capture { epoch }).err();
+                let _ = reply.send(Err(denied.unwrap_or(Denied::NotReady).into()));
+                return None;
+            }
             Request::Create { epoch, reply } => (Input::Create { epoch }, reply),
             Request::Delete { epoch, idle_since, reply } => {
                 // Only an accepted delete may shut calls out, so an old epoch is sorted out first.

@@ -5,7 +5,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
     sync::{
         Arc,
@@ -26,7 +26,7 @@ use oc_proto::{
     },
 };
 use oc_vmm_agent::{
-    backend::{Backend, Condition, Guest, Instance},
+    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Wanted},
     capacity::Limits,
     host::Host,
     identity::{Epoch, SandboxId},
@@ -59,6 +59,11 @@ pub struct World {
     /// How many of the next attempts to store a VM fail, and how many stored memories are found damaged.
     pub failing_stores: AtomicUsize,
     pub damaged_memories: AtomicUsize,
+    /// What was taken of VMs, by name.
+    pub snapshots: Mutex<BTreeMap<String, Captured>>,
+    /// How many of the next captures fail, and how many snapshots are found damaged.
+    pub failing_captures: AtomicUsize,
+    pub damaged_snapshots: AtomicUsize,
     /// While true, goldens are waited for.
     pub golden_waits: AtomicBool,
     pub released: Notify,
@@ -161,6 +166,21 @@ pub struct FakeBackend(pub Arc<World>);
 struct FakeInstance {
     world: Arc<World>,
     id: String,
+    wanted: Option<Wanted>,
+}
+
+impl FakeInstance {
+    fn start_of_snapshot(&self, snapshot_id: &str, paused: bool) -> Result<(), MakeError> {
+        let captured = self.world.snapshots.lock().get(snapshot_id).cloned();
+        let captured = captured.ok_or_else(|| MakeError::NoSnapshot(snapshot_id.into()))?;
+        if take_one(&self.world.damaged_snapshots) {
+            return Err(MakeError::Unusable("its digest is another".into()));
+        }
+        if paused && !captured.has_memory {
+            return Err(MakeError::NoMemory(snapshot_id.into()));
+        }
+        self.world.start(&self.id, paused)
+    }
 }
 
 #[tonic::async_trait]
@@ -197,7 +217,24 @@ impl Backend for FakeBackend {
     }
 
     fn open(&self, vm: &str) -> Box<dyn Instance> {
-        Box::new(FakeInstance { world: self.0.clone(), id: vm.into() })
+        Box::new(FakeInstance { world: self.0.clone(), id: vm.into(), wanted: None })
+    }
+
+    fn snapshots(&self) -> Vec<Captured> {
+        self.0.snapshots.lock().values().cloned().collect()
+    }
+
+    async fn delete_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError> {
+        self.0.step().await;
+        self.0.snapshots.lock().remove(snapshot_id);
+        Ok(())
+    }
+
+    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError> {
+        match self.0.snapshots.lock().get(snapshot_id) {
+            Some(captured) => Ok(captured.bytes),
+            None => Err(MakeError::NoSnapshot(snapshot_id.into())),
+        }
     }
 
     async fn clean_up(&self) -> Result<(), MakeError> {
@@ -243,6 +280,48 @@ impl Instance for FakeInstance {
         self.world.change(&self.id, |vm| vm.stored = Some((sandbox, vm.disk)))?;
         self.world.step().await;
         Ok(4096)
+    }
+
+    async fn capture(&mut self, what: &Wanted) -> Result<Duration, MakeError> {
+        self.pause().await?;
+        let fails = take_one(&self.world.failing_captures);
+        self.resume().await?;
+        if fails {
+            return Err(MakeError::Backend("the disk is full".into()));
+        }
+        self.wanted = Some(what.clone());
+        Ok(Duration::from_millis(1))
+    }
+
+    async fn keep_capture(&mut self, circumstances: Circumstances) -> Result<Captured, MakeError> {
+        self.world.step().await;
+        let wanted = self.wanted.take().expect("it was captured");
+        let captured = Captured {
+            snapshot_id: wanted.snapshot_id.clone(),
+            has_memory: !wanted.disk_only,
+            circumstances,
+            bytes: 4096,
+            memory_changed_bytes: 0,
+            disk_bytes: 0,
+            manifest_digest: String::new(),
+        };
+        self.world.snapshots.lock().insert(wanted.snapshot_id, captured.clone());
+        self.world.step().await;
+        Ok(captured)
+    }
+
+    async fn restore_snapshot(&mut self, snapshot_id: &str, _: &Kind) -> Result<(), MakeError> {
+        self.world.step().await;
+        self.start_of_snapshot(snapshot_id, true)?;
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn boot_snapshot(&mut self, snapshot_id: &str, _: &Kind) -> Result<(), MakeError> {
+        self.world.step().await;
+        self.start_of_snapshot(snapshot_id, false)?;
+        self.world.step().await;
+        Ok(())
     }
 
     async fn release(&mut self) -> Result<(), MakeError> {
@@ -455,7 +534,7 @@ pub fn kind() -> Kind {
 }
 
 pub fn order() -> Order {
-    Order { kind: kind(), disk_mb: 20480, envs: HashMap::from([("A".into(), "b".into())]) }
+    Order { kind: kind(), disk_mb: 20480, envs: HashMap::from([("A".into(), "b".into())]), source: None }
 }
 
 pub fn owner(sandbox: &str, epoch: u64) -> Owner {

@@ -1,0 +1,526 @@
+//! The state of a VM at one moment, in a directory of its own: there as a whole, or not at all.
+//!
+//! ```text
+//!   memory.img        the memory that what is restored maps: nobody writes to it, all who map it share it
+//!   memory.digests      its digests
+//!   pages.bin         the pages that differ from it
+//!   state.bin         the devices
+//!   layer.img         the disk; that of a hibernated VM stays where it is, in its home
+//!   layer.digests       its digests
+//!   manifest.json     what belongs to it, by digest, and what it was taken of; written last
+//! ```
+//!
+//! While a VM has changed little, `memory.img` is the very image that it maps itself, by another name, and what it changed
+//! is in `pages.bin`. Of one that has changed more than [`REBASE_ABOVE`], `memory.img` is an image of its own: a copy of
+//! the one that it maps, sharing its blocks where the filesystem can, with the changes written over it. So what many
+//! make of it is in memory once, and what follows begins with no changes again.
+//!
+//! A hibernated VM's is good for the disk that it was taken with and no other: whoever lets the VM go on writes that down
+//! first, and then removes it.
+
+use std::{
+    fs::{DirBuilder, OpenOptions, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use fs_err::{self as fs, File, os::unix::fs::chown};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    digests::{Digests, Verified},
+    durable,
+    home::{Home, SNAPSHOT_GID},
+    layer,
+    pages::{GuestMemory, Pages, Run, sha256_of},
+    parts::Bootable,
+};
+use crate::{backend::Circumstances, microvm::Kind};
+
+const ORIGIN: &str = "origin.json";
+const MEMORY: &str = "memory.img";
+const PAGES: &str = "pages.bin";
+const STATE: &str = "state.bin";
+const LAYER: &str = "layer.img";
+const MANIFEST: &str = "manifest.json";
+/// The format of a snapshot: another version of ours does not guess.
+const FORMAT: u32 = 2;
+
+/// Changed memory above which a snapshot gets an image of its own, bytes. Below, copying the pages into each VM that is
+/// made of it costs less than an image, and they go on sharing the one that their like share.
+const REBASE_ABOVE: u64 = 16 << 20;
+
+/// What a VM was started with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// All that its memory depends on: VMM, CPU, kernel, first process, base image.
+    pub snapshot_key: String,
+    /// The base image of its disk.
+    pub template_digest: String,
+    /// Virtual CPUs.
+    pub cpu_count: u32,
+    /// Memory, MiB.
+    pub memory_mb: u32,
+    /// The VMM.
+    pub vmm: String,
+    /// The host's processor.
+    pub processor: String,
+    /// SHA-256 of the initramfs, hex.
+    pub initramfs_digest: String,
+}
+
+impl Origin {
+    /// Of a VM of `kind` that is started now, by `vmm`.
+    pub fn of(bootable: &Bootable, kind: &Kind, vmm: &str, processor: &str) -> Self {
+        Self {
+            snapshot_key: bootable.snapshot_key.clone(),
+            template_digest: bootable.template.digest.clone(),
+            cpu_count: kind.cpu_count,
+            memory_mb: kind.memory_mb,
+            vmm: vmm.to_owned(),
+            processor: processor.to_owned(),
+            initramfs_digest: bootable.initramfs.digest.clone(),
+        }
+    }
+
+    /// Writes it down in `home`: what is started there is of it.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn write(&self, home: &Home) -> io::Result<()> {
+        fs::write(home.dir().join(ORIGIN), serde_json::to_vec(self)?)
+    }
+
+    /// Reads what was written down in `home`.
+    ///
+    /// # Errors
+    ///
+    /// If there is nothing, or it cannot be read.
+    pub fn read(home: &Home) -> io::Result<Self> {
+        Ok(serde_json::from_slice(&fs::read(home.dir().join(ORIGIN))?)?)
+    }
+}
+
+/// Memory and devices of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct MemoryPart {
+    /// Root of the digests of `memory.img`; `None` of one for use at once.
+    image_digest: Option<String>,
+    pages: Pages,
+    /// SHA-256 of `state.bin`.
+    state_sha256: Option<String>,
+    state_bytes: u64,
+    /// What the VM had changed of what it maps.
+    changed_bytes: u64,
+}
+
+/// The disk of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct LayerPart {
+    /// Root of its digests; `None` of one for use at once.
+    digest: Option<String>,
+    /// What it takes, bytes.
+    allocated_bytes: u64,
+}
+
+/// What a snapshot is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    format: u32,
+    /// What the VM was started with.
+    pub origin: Origin,
+    /// How it was taken.
+    pub circumstances: Circumstances,
+    memory: Option<MemoryPart>,
+    layer: Option<LayerPart>,
+}
+
+impl Manifest {
+    /// Whether memory and devices are in it.
+    pub fn has_memory(&self) -> bool {
+        self.memory.is_some()
+    }
+
+    /// What the VM had changed of the memory that it maps, bytes.
+    pub fn memory_changed_bytes(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |memory| memory.changed_bytes)
+    }
+
+    /// What its disk takes, bytes.
+    pub fn disk_bytes(&self) -> u64 {
+        self.layer.as_ref().map_or(0, |layer| layer.allocated_bytes)
+    }
+
+    /// What it takes beside what it is laid over, bytes.
+    pub fn bytes(&self) -> u64 {
+        let state = self.memory.as_ref().map_or(0, |memory| memory.state_bytes);
+        self.memory_changed_bytes() + state + self.disk_bytes()
+    }
+}
+
+/// Where a snapshot is, if there is one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place(PathBuf);
+
+impl Place {
+    /// In the directory `dir`.
+    pub fn at(dir: PathBuf) -> Self {
+        Self(dir)
+    }
+
+    /// Of the VM in `home` while it is hibernated.
+    pub fn stored(home: &Home) -> Self {
+        Self(home.dir().join("stored"))
+    }
+
+    /// The image of the memory.
+    pub fn memory(&self) -> PathBuf {
+        self.0.join(MEMORY)
+    }
+
+    /// The disk.
+    pub fn layer(&self) -> PathBuf {
+        self.0.join(LAYER)
+    }
+
+    /// Reads what is here, and sees that the devices' state is what it was. `None` if nothing is here.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] if it is damaged, or not of this format.
+    pub fn read(&self) -> io::Result<Option<Manifest>> {
+        Ok(self.read_with_digest()?.map(|(manifest, _)| manifest))
+    }
+
+    /// As [`Place::read`], with the SHA-256 of the manifest, hex.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn read_with_digest(&self) -> io::Result<Option<(Manifest, String)>> {
+        let text = match fs::read(self.0.join(MANIFEST)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            text => text?,
+        };
+        let manifest: Manifest = serde_json::from_slice(&text)
+            .map_err(|error| damaged(format!("its manifest is damaged: {error}")))?;
+        if manifest.format != FORMAT {
+            return Err(damaged(format!("it is of format {}", manifest.format)));
+        }
+        if let Some(MemoryPart { state_sha256: Some(expected), .. }) = &manifest.memory {
+            let digest = missing_is_damage(File::open(self.0.join(STATE)))
+                .and_then(|state| sha256_of(&mut state.into_file()))?;
+            if digest != *expected {
+                return Err(damaged("its devices' state is damaged".to_owned()));
+            }
+        }
+        let digest = sha256_of(&mut File::open(self.0.join(MANIFEST))?.into_file())?;
+        Ok(Some((manifest, digest)))
+    }
+
+    /// Sees that the image of the memory is what it was, reading it unless it is known.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] if it is not.
+    pub fn verify_memory(&self, manifest: &Manifest, verified: &Verified) -> io::Result<u64> {
+        let expected = manifest.memory.as_ref().and_then(|memory| memory.image_digest.as_deref());
+        verify(&self.memory(), expected, verified)
+    }
+
+    /// Sees that the disk is what it was, reading it unless it is known.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] if it is not.
+    pub fn verify_layer(&self, manifest: &Manifest, verified: &Verified) -> io::Result<u64> {
+        let expected = manifest.layer.as_ref().and_then(|layer| layer.digest.as_deref());
+        if manifest.layer.is_none() {
+            return Err(damaged("it has no disk".to_owned()));
+        }
+        verify(&self.layer(), expected, verified)
+    }
+
+    /// Reads all that is here and compares it with its digests. Returns how much that was, bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] says what is damaged.
+    pub fn verify_all(&self) -> io::Result<u64> {
+        let manifest = self.read()?.ok_or_else(|| damaged("it has no manifest".to_owned()))?;
+        // Nothing is taken for known.
+        let verified = Verified::default();
+        let mut bytes = 0;
+        if let Some(memory) = &manifest.memory {
+            bytes += memory.state_bytes + memory.pages.bytes();
+            bytes += self.verify_memory(&manifest, &verified)?;
+            let mut pages = missing_is_damage(File::open(self.0.join(PAGES)))?.into_file();
+            let digest = sha256_of(&mut pages)?;
+            if memory.pages.sha256.as_ref().is_some_and(|expected| *expected != digest) {
+                return Err(damaged("its pages are damaged".to_owned()));
+            }
+        }
+        if manifest.layer.is_some() {
+            bytes += self.verify_layer(&manifest, &verified)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Copies the devices' state to the new file `to`.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn copy_state(&self, to: &File) -> io::Result<()> {
+        io::copy(&mut File::open(self.0.join(STATE))?, &mut to.file()).map(drop)
+    }
+
+    /// Puts the pages that differ into the memory of a VM that has not gone on yet.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] if they are not what was taken.
+    pub fn load_pages(&self, manifest: &Manifest, memory: &GuestMemory) -> io::Result<()> {
+        let Some(part) = &manifest.memory else { return Err(damaged("it has no memory".to_owned())) };
+        let mut file = missing_is_damage(OpenOptions::new().read(true).open(self.0.join(PAGES)))?;
+        memory.load(&mut file, &part.pages)
+    }
+
+    /// Removes what is here, drafts too.
+    ///
+    /// # Errors
+    ///
+    /// If it resists.
+    pub fn remove(&self) -> io::Result<()> {
+        durable::remove_whole(&self.0)?;
+        self.0.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+    }
+}
+
+fn damaged(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// That a part is missing is damage, too.
+fn missing_is_damage<T>(opened: io::Result<T>) -> io::Result<T> {
+    opened.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => damaged(format!("a part of it is missing: {error}")),
+        _ => error,
+    })
+}
+
+/// Compares a file with its digests, whose root is `expected`, unless it is known. Returns what was read.
+fn verify(path: &Path, expected: Option<&str>, verified: &Verified) -> io::Result<u64> {
+    let Some(expected) = expected else { return Ok(0) };
+    let file = missing_is_damage(File::open(path))?.into_file();
+    if verified.knows(&file)? {
+        return Ok(0);
+    }
+    let digests = missing_is_damage(Digests::open(&digests_of(path)))?;
+    if digests.root() != expected {
+        return Err(damaged(format!("{} has digests of another", path.display())));
+    }
+    digests.verify(&file)?;
+    verified.note(&file)?;
+    Ok(digests.read_bytes())
+}
+
+/// Where the digests of an image are.
+pub fn digests_of(image: &Path) -> PathBuf {
+    image.with_extension("digests")
+}
+
+/// A snapshot in the making, under a name that nothing takes for one.
+#[derive(Debug)]
+pub struct Draft {
+    place: PathBuf,
+    dir: PathBuf,
+    /// What is written over the copy of the image, or beside the image.
+    memory: Option<MemoryDraft>,
+    layer: Option<File>,
+}
+
+#[derive(Debug)]
+struct MemoryDraft {
+    state: PathBuf,
+    /// An image of its own, if it gets one.
+    image: Option<File>,
+    runs: Vec<Run>,
+    pages: File,
+}
+
+impl Draft {
+    /// Begins a snapshot of the VM in `home`, with `memory` unless it is to be of its disk alone. The VM still runs: what
+    /// takes long and can be done before it is paused is done here.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn begin(place: &Place, home: &Home, memory: Option<&GuestMemory>) -> io::Result<Self> {
+        durable::remove_whole(&place.0)?;
+        let dir = durable::draft_of(&place.0);
+        DirBuilder::new().mode(0o700).create(&dir)?;
+        let memory = match memory {
+            None => None,
+            Some(memory) => {
+                let base = home.base();
+                let has_base = base.try_exists()?;
+                let changed: u64 = memory.own()?.iter().map(|run| run.bytes()).sum();
+                let target = dir.join(MEMORY);
+                let image = match has_base && changed <= REBASE_ABOVE {
+                    true => {
+                        fs::hard_link(&base, &target)?;
+                        None
+                    }
+                    false => Some(new_image(&base, has_base, &target, memory.bytes)?),
+                };
+                let pages = File::create_new(dir.join(PAGES))?;
+                Some(MemoryDraft { state: home.state_to_save()?, image, runs: Vec::new(), pages })
+            }
+        };
+        Ok(Self { place: place.0.clone(), dir, memory, layer: None })
+    }
+
+    /// Where the VMM is to write the devices' state, which it does while the VM is paused.
+    pub fn state(&self) -> Option<&Path> {
+        self.memory.as_ref().map(|memory| memory.state.as_path())
+    }
+
+    /// Takes what can only be taken while the VM is paused: the pages of `memory`, and a copy of its disk.
+    ///
+    /// # Errors
+    ///
+    /// If the VM has ended, or the disk does not take it.
+    pub fn take(&mut self, memory: Option<&GuestMemory>, layer: Option<&Path>) -> io::Result<()> {
+        if let (Some(draft), Some(memory)) = (&mut self.memory, memory) {
+            draft.runs = memory.own()?;
+            match &draft.image {
+                Some(image) => memory.save_over(&draft.runs, image.file())?,
+                None => memory.save(&draft.runs, draft.pages.file())?,
+            }
+        }
+        if let Some(layer) = layer {
+            let path = self.dir.join(LAYER);
+            self.layer = Some(File::from_parts(layer::copy(layer, &path)?, path));
+        }
+        Ok(())
+    }
+
+    /// Publishes it. It is on disk then, as a whole, unless it is for use at once. The VM may go on meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it; then there is none.
+    pub fn publish(
+        self,
+        home: &Home,
+        circumstances: Circumstances,
+        verified: &Verified,
+    ) -> io::Result<Manifest> {
+        let is_kept = !circumstances.is_ephemeral;
+        let memory = match self.memory {
+            Some(draft) => Some(draft.finish(home, &self.dir, is_kept, verified)?),
+            None => None,
+        };
+        let layer = match self.layer {
+            Some(layer) => {
+                let mut digest = None;
+                if is_kept {
+                    layer.sync_all()?;
+                    let digests = Digests::of(layer.file())?;
+                    digests.write(&digests_of(layer.path()))?;
+                    verified.note(layer.file())?;
+                    digest = Some(digests.root());
+                }
+                // st_blocks is in units of 512 bytes (stat(2)).
+                Some(LayerPart { digest, allocated_bytes: layer.metadata()?.blocks() * 512 })
+            }
+            None => None,
+        };
+        let manifest = Manifest { format: FORMAT, origin: Origin::read(home)?, circumstances, memory, layer };
+        let text = serde_json::to_vec(&manifest)?;
+        let path = self.dir.join(MANIFEST);
+        match is_kept {
+            true => durable::write(&path, 0o600, |file| io::Write::write_all(file, &text))?,
+            false => fs::write(&path, &text)?,
+        }
+        match is_kept {
+            true => durable::rename(&self.dir, &self.place)?,
+            false => fs::rename(&self.dir, &self.place)?,
+        }
+        Ok(manifest)
+    }
+}
+
+impl MemoryDraft {
+    fn finish(self, home: &Home, dir: &Path, is_kept: bool, verified: &Verified) -> io::Result<MemoryPart> {
+        let state_path = dir.join(STATE);
+        fs::rename(&self.state, &state_path)?;
+        chown(&state_path, Some(0), Some(0))?;
+        let changed_bytes = self.runs.iter().map(|run| run.bytes()).sum();
+        let image_path = dir.join(MEMORY);
+        if let Some(image) = &self.image {
+            chown(&image_path, Some(0), Some(SNAPSHOT_GID))?;
+            image.set_permissions(Permissions::from_mode(0o440))?;
+        }
+        let (mut image_digest, mut pages_sha256, mut state_sha256) = (None, None, None);
+        let state = File::open(&state_path)?;
+        let state_bytes = state.metadata()?.len();
+        if is_kept {
+            let image = File::open(&image_path)?;
+            // Those of what the VM maps are there unless that was for use at once.
+            let base = Digests::open(&digests_of(&home.base())).ok();
+            let digests = match (base, &self.image) {
+                (Some(base), None) => base,
+                (Some(base), Some(_)) => base.with(image.file(), &self.runs)?,
+                (None, _) => Digests::of(image.file())?,
+            };
+            image.sync_all()?;
+            digests.write(&digests_of(&image_path))?;
+            if self.image.is_some() {
+                verified.note(image.file())?;
+            }
+            image_digest = Some(digests.root());
+            self.pages.sync_all()?;
+            pages_sha256 = Some(sha256_of(&mut File::open(dir.join(PAGES))?.into_file())?);
+            state.sync_all()?;
+            state_sha256 = Some(sha256_of(&mut state.into_file())?);
+        }
+        // What is in the image is not in the file of pages.
+        let runs = if self.image.is_some() { Vec::new() } else { self.runs };
+        let pages = Pages { runs, sha256: pages_sha256 };
+        Ok(MemoryPart { image_digest, pages, state_sha256, state_bytes, changed_bytes })
+    }
+}
+
+/// An image of a memory of `bytes`, with what is in `base`, to be written to.
+fn new_image(base: &Path, has_base: bool, target: &Path, bytes: u64) -> io::Result<File> {
+    if has_base {
+        return Ok(File::from_parts(layer::copy(base, target)?, target));
+    }
+    let file = File::create_new(target)?;
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_that_is_missing_is_nothing_and_a_damaged_one_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::at(dir.path().join("snapshot"));
+        assert!(place.read().unwrap().is_none());
+        std::fs::create_dir(dir.path().join("snapshot")).unwrap();
+        for text in ["", "{", r#"{"format": 1}"#] {
+            std::fs::write(dir.path().join("snapshot/manifest.json"), text).unwrap();
+            assert_eq!(place.read().unwrap_err().kind(), io::ErrorKind::InvalidData, "{text}");
+        }
+        place.remove().unwrap();
+        assert!(place.read().unwrap().is_none());
+        place.remove().unwrap();
+    }
+}
