@@ -49,7 +49,7 @@ pub fn format(file: &Path) -> io::Result<()> {
 /// If `to` exists, or either cannot be read or written.
 pub fn copy(from: &Path, to: &Path) -> io::Result<File> {
     let source = File::open(from)?;
-    let target = OpenOptions::new().create_new(true).write(true).mode(0o600).open(to)?;
+    let target = OpenOptions::new().create_new(true).read(true).write(true).mode(0o600).open(to)?;
     match ioctl_ficlone(&target, &source) {
         Ok(()) => return Ok(target),
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL) => {}
