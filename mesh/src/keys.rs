@@ -2,6 +2,10 @@
 
 /// Prefix of all sandboxes.
 pub const SANDBOXES: &str = "sandboxes/";
+/// Prefix of all checkpoints.
+pub const CHECKPOINTS: &str = "checkpoints/";
+/// Prefix of what checkpoints each sandbox has.
+pub const CHECKPOINT_INDEX: &str = "checkpoint-index/";
 /// Prefix of all hosts that are members.
 pub const HOSTS: &str = "members/hosts/";
 /// Prefix of all gateways that are members.
@@ -31,6 +35,14 @@ macro_rules! key {
 key!(
     /// A sandbox's record.
     sandbox, SANDBOXES
+);
+key!(
+    /// A checkpoint's record.
+    checkpoint, CHECKPOINTS
+);
+key!(
+    /// What checkpoints a sandbox has.
+    checkpoint_index, CHECKPOINT_INDEX
 );
 key!(
     /// A host's membership.

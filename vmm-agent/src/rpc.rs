@@ -117,8 +117,7 @@ impl AgentService for AgentRpc {
         let request = request.into_inner();
         let sandbox = parse_sandbox(&request.sandbox_id)?;
         let snapshot_id = parse_snapshot(request.snapshot_id)?;
-        let wanted =
-            Wanted { snapshot_id, disk_only: request.disk_only, is_ephemeral: request.is_ephemeral };
+        let wanted = Wanted { snapshot_id, disk_only: request.disk_only, is_ephemeral: request.is_ephemeral };
         let captured = self.host.capture(&sandbox, Epoch(request.epoch), wanted).await;
         let captured = captured.map_err(|error| vm_status(&error))?.ok_or_else(|| unknown(&sandbox))?;
         Ok(Response::new(CaptureVmResponse { snapshot: Some(snapshot(&captured)) }))

@@ -70,7 +70,11 @@ impl Capture {
     /// # Errors
     ///
     /// [`MakeError`] if the disk does not take it; then there is none.
-    pub async fn publish(self, parts: Arc<Parts>, circumstances: Circumstances) -> Result<Manifest, MakeError> {
+    pub async fn publish(
+        self,
+        parts: Arc<Parts>,
+        circumstances: Circumstances,
+    ) -> Result<Manifest, MakeError> {
         let draft = self.draft;
         let work = move |home: &Home| draft.publish(home, circumstances, &parts.verified);
         telemetry::step("capture_publish", on_disk(&self.home, work)).await

@@ -198,7 +198,16 @@ fn data(file: &File, bytes: u64) -> io::Result<Vec<(u64, u64)>> {
 
 /// Files that were found whole, so that they need not be read again while nobody writes to them.
 #[derive(Debug, Default)]
-pub struct Verified(Mutex<HashSet<(u64, u64, u64, i64, i64)>>);
+pub struct Verified(Mutex<HashSet<Identity>>);
+
+/// What a file is, and when it was last written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+}
 
 impl Verified {
     /// Remembers that `file` is whole.
@@ -207,8 +216,7 @@ impl Verified {
     ///
     /// If it cannot be asked for its identity.
     pub fn note(&self, file: &File) -> io::Result<()> {
-        let identity = Self::identity(file)?;
-        self.0.lock().insert(identity);
+        self.0.lock().insert(Identity::of(file)?);
         Ok(())
     }
 
@@ -218,13 +226,15 @@ impl Verified {
     ///
     /// If it cannot be asked for its identity.
     pub fn knows(&self, file: &File) -> io::Result<bool> {
-        let identity = Self::identity(file)?;
-        Ok(self.0.lock().contains(&identity))
+        Ok(self.0.lock().contains(&Identity::of(file)?))
     }
+}
 
-    fn identity(file: &File) -> io::Result<(u64, u64, u64, i64, i64)> {
+impl Identity {
+    fn of(file: &File) -> io::Result<Self> {
         let metadata = file.metadata()?;
-        Ok((metadata.dev(), metadata.ino(), metadata.size(), metadata.mtime(), metadata.mtime_nsec()))
+        let modified = (metadata.mtime(), metadata.mtime_nsec());
+        Ok(Self { device: metadata.dev(), inode: metadata.ino(), bytes: metadata.size(), modified })
     }
 }
 
@@ -245,7 +255,10 @@ mod tests {
     fn zeros_and_holes_are_the_same() {
         let bytes = 10 * BLOCK + 100;
         let holes = sparse(&[(3 * BLOCK + 5, b"text"), (10 * BLOCK + 99, b"!")], bytes);
-        let zeros = sparse(&[(0, &vec![0; bytes as usize]), (3 * BLOCK + 5, b"text"), (10 * BLOCK + 99, b"!")], bytes);
+        let zeros = sparse(
+            &[(0, &vec![0; bytes as usize]), (3 * BLOCK + 5, b"text"), (10 * BLOCK + 99, b"!")],
+            bytes,
+        );
         let digests = Digests::of(&holes).unwrap();
         assert_eq!(digests.blocks.keys().collect::<Vec<_>>(), [&3, &10]);
         assert_eq!(digests, Digests::of(&zeros).unwrap());
@@ -281,7 +294,9 @@ mod tests {
         assert!(!verified.knows(&file).unwrap());
         verified.note(&file).unwrap();
         assert!(verified.knows(&file).unwrap());
-        for change in [&|| file.write_all_at(b"x", 0), &|| file.set_len(2 * BLOCK)] as [&dyn Fn() -> io::Result<()>; 2] {
+        for change in
+            [&|| file.write_all_at(b"x", 0), &|| file.set_len(2 * BLOCK)] as [&dyn Fn() -> io::Result<()>; 2]
+        {
             change().unwrap();
             assert_eq!(digests.verify(&file).unwrap_err().kind(), io::ErrorKind::InvalidData);
         }

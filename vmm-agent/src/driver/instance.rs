@@ -9,12 +9,12 @@ use futures_util::future::BoxFuture;
 use tower::util::BoxCloneSyncService;
 
 use super::{
+    capture::Capture,
     cgroup::Cgroup,
     durable,
     golden::Goldens,
     home::Home,
     parts::Parts,
-    capture::Capture,
     running::{self, CloneError, Running},
     snapshot::{Manifest, Origin, Place},
     vmm::Memory,
@@ -161,7 +161,9 @@ impl Instance for Vm {
         let (parts, _) = self.source()?;
         let manifest = self.take_layer(&parts, snapshot_id).await?;
         if manifest.origin.template_digest != parts.bootable(&kind.template)?.template.digest {
-            return Err(MakeError::Unusable("the base image of its disk is not on this host any more".into()));
+            return Err(MakeError::Unusable(
+                "the base image of its disk is not on this host any more".into(),
+            ));
         }
         self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
         Ok(())

@@ -130,7 +130,8 @@ impl GuestMemory {
             let bytes: u64 = batch.iter().map(|run| run.bytes()).sum();
             // At most PIECE.
             let buffer = &mut buffer[..bytes as usize];
-            self.process.read_memory(batch.iter().map(|run| (self.address + run.offset(), run.bytes())), buffer)?;
+            self.process
+                .read_memory(batch.iter().map(|run| (self.address + run.offset(), run.bytes())), buffer)?;
             take(&batch, buffer)?;
         }
         Ok(())
@@ -269,7 +270,8 @@ mod tests {
             let batches: Vec<_> = batches(&runs).collect();
             assert!(batches.iter().all(|batch| batch.len() <= MAX_RUNS));
             assert!(batches.iter().all(|batch| batch.iter().map(|run| run.bytes()).sum::<u64>() <= PIECE));
-            let pages = |runs: &[Run]| -> Vec<u32> { runs.iter().flat_map(|run| run.0..run.0 + run.1).collect() };
+            let pages =
+                |runs: &[Run]| -> Vec<u32> { runs.iter().flat_map(|run| run.0..run.0 + run.1).collect() };
             assert_eq!(pages(&batches.concat()), pages(&runs));
         }
     }

@@ -77,7 +77,9 @@ impl Places {
     ///
     /// If something resists.
     pub fn remove(&self) -> io::Result<()> {
-        [&self.goldens, &self.cache, &self.snapshots, &self.homes].into_iter().try_for_each(|dir| durable::remove(dir))
+        [&self.goldens, &self.cache, &self.snapshots, &self.homes]
+            .into_iter()
+            .try_for_each(|dir| durable::remove(dir))
     }
 }
 

@@ -65,18 +65,17 @@ impl Process {
     /// # Errors
     ///
     /// If it has ended, or has nothing there.
-    pub fn read_memory(
-        &self,
-        places: impl Iterator<Item = (u64, u64)>,
-        buffer: &mut [u8],
-    ) -> io::Result<()> {
+    pub fn read_memory(&self, places: impl Iterator<Item = (u64, u64)>, buffer: &mut [u8]) -> io::Result<()> {
         // Both fit: the process is one of this machine.
         let remote: Vec<_> =
             places.map(|(base, len)| RemoteIoVec { base: base as usize, len: len as usize }).collect();
         let wanted = buffer.len();
-        let read = process_vm_readv(nix::unistd::Pid::from_raw(self.pid), &mut [IoSliceMut::new(buffer)], &remote)?;
+        let read =
+            process_vm_readv(nix::unistd::Pid::from_raw(self.pid), &mut [IoSliceMut::new(buffer)], &remote)?;
         if read != wanted {
-            return Err(io::Error::other(format!("{read} of {wanted} bytes of a process's memory can be read")));
+            return Err(io::Error::other(format!(
+                "{read} of {wanted} bytes of a process's memory can be read"
+            )));
         }
         self.alive()
     }

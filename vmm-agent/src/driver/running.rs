@@ -125,7 +125,8 @@ impl Running {
         if manifest.origin != origin {
             return Err(MakeError::Unusable("it is of another VMM, CPU, kernel or base image".into()));
         }
-        let running = Self::launch(parts, home, cgroup, kind, Memory::CopyOf(home.base()), Start::Paused).await?;
+        let running =
+            Self::launch(parts, home, cgroup, kind, Memory::CopyOf(home.base()), Start::Paused).await?;
         let memory = running.memory(kind.memory_mb).await?;
         // Before the devices: they look at what the guest has left them there.
         let from = place.clone();

@@ -80,7 +80,8 @@ impl Shelf {
     ///
     /// If it is not there.
     pub fn add(&self, id: &str) -> io::Result<Captured> {
-        let (manifest, digest) = self.places.snapshot(id).read_with_digest()?.ok_or(io::ErrorKind::NotFound)?;
+        let (manifest, digest) =
+            self.places.snapshot(id).read_with_digest()?.ok_or(io::ErrorKind::NotFound)?;
         let captured = captured(id, &manifest, digest);
         self.whole.lock().insert(id.to_owned(), captured.clone());
         Ok(captured)
@@ -132,7 +133,8 @@ mod tests {
         std::fs::create_dir(places.snapshots.join("cp-3")).unwrap();
         std::fs::write(places.snapshots.join("cp-3/manifest.json"), "damaged").unwrap();
         assert!(Shelf::open(&places).unwrap().all().is_empty());
-        let left: Vec<_> = std::fs::read_dir(&places.snapshots).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let left: Vec<_> =
+            std::fs::read_dir(&places.snapshots).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["cp-3"], "damage is told, not removed");
     }
 }

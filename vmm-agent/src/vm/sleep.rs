@@ -61,10 +61,10 @@ pub async fn store(owner: &Owner, path: StartPath, microvm: &mut MicroVm) -> Res
         }
         Err(error) => Err(error),
     };
-    if stored.is_err() {
-        if let Err(error) = timeout(ANSWER_DEADLINE, go_on(microvm)).await.unwrap_or(Err(MakeError::Late)) {
-            warn!(%error, "it was not stored, and its guest does not answer yet");
-        }
+    if stored.is_err()
+        && let Err(error) = timeout(ANSWER_DEADLINE, go_on(microvm)).await.unwrap_or(Err(MakeError::Late))
+    {
+        warn!(%error, "it was not stored, and its guest does not answer yet");
     }
     stored
 }

@@ -205,7 +205,7 @@ impl Starter {
     ) -> Result<StartPath, StartError> {
         let mut failures = Vec::new();
         if let Some(source) = &order.source {
-            return self.from_snapshot(owner, order, source, slot, &mut failures).await;
+            return self.start_of_snapshot(owner, order, source, slot, &mut failures).await;
         }
         if let Some(microvm) = self.pool.take(&order.kind) {
             let microvm = slot.insert(microvm);
@@ -248,7 +248,7 @@ impl Starter {
     }
 
     /// Starts a VM from a snapshot, as it says or not at all.
-    async fn from_snapshot(
+    async fn start_of_snapshot(
         &self,
         owner: &Owner,
         order: &Order,
