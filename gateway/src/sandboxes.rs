@@ -116,6 +116,9 @@ fn usable(record: &SandboxRecord, tenant: &str) -> Result<Option<String>, Status
         return Err(status(Reason::SandboxDeleted, "the sandbox has been deleted"));
     }
     match (record.state(), record.transition()) {
+        (_, SandboxTransition::Restoring) => {
+            Err(status(Reason::SandboxNotReady, "the sandbox is being put back to a checkpoint"))
+        }
         (SandboxState::Hibernated, _) | (SandboxState::Running, SandboxTransition::Hibernating) => Ok(None),
         (SandboxState::Running, _) => Ok(Some(record.host_id.clone())),
         (SandboxState::Failed, _) => {
@@ -151,6 +154,16 @@ mod tests {
         assert_eq!(verdict(SandboxState::Creating, false, "ours"), Err("SANDBOX_NOT_READY".into()));
         assert_eq!(verdict(SandboxState::Hibernated, false, "ours"), Ok(None));
         assert_eq!(verdict(SandboxState::Hibernated, true, "ours"), Err("SANDBOX_DELETED".into()));
+        for state in [SandboxState::Running, SandboxState::Hibernated] {
+            let restoring = SandboxRecord {
+                tenant: "ours".into(),
+                state: state.into(),
+                transition: SandboxTransition::Restoring.into(),
+                ..Default::default()
+            };
+            let refused = usable(&restoring, "ours").map_err(|status| reason_of(&status).unwrap());
+            assert_eq!(refused, Err("SANDBOX_NOT_READY".into()));
+        }
         for state in [
             SandboxState::Running,
             SandboxState::Hibernated,

@@ -37,6 +37,7 @@ pub enum Backend {
 
 /// Services of the contract.
 const SERVICES: &[(&str, Access, Backend)] = &[
+    ("CheckpointService", Access::Tenant, Backend::Scheduler),
     ("ExecService", Access::Sandbox, Backend::Host),
     ("FileService", Access::Sandbox, Backend::Host),
     ("KeyService", Access::Admin, Backend::Scheduler),

@@ -8,8 +8,9 @@ use oc_mesh::{
     view::View,
 };
 use oc_proto::mesh::{
-    CreateVmRequest, CreateVmResponse, DeleteVmRequest, HibernateVmRequest, HostRecord, ListVmsRequest,
-    SandboxRecord, Vm, WakeVmRequest, WakeVmResponse, agent_service_client::AgentServiceClient,
+    CaptureVmRequest, CreateVmRequest, CreateVmResponse, DeleteSnapshotRequest, DeleteVmRequest,
+    HibernateVmRequest, HostRecord, ListVmsRequest, SandboxRecord, Snapshot, SnapshotSource,
+    VerifySnapshotRequest, Vm, WakeVmRequest, WakeVmResponse, agent_service_client::AgentServiceClient,
 };
 use thiserror::Error;
 use tonic::{Code, Request, Response, Status};
@@ -24,6 +25,10 @@ const DELETE_DEADLINE: Duration = Duration::from_secs(20);
 const HIBERNATE_DEADLINE: Duration = Duration::from_secs(150);
 /// How long a host may take to wake one: memory is read at the disk's pace, and if it is no good the disk is booted.
 const WAKE_DEADLINE: Duration = Duration::from_secs(110);
+/// How long a host may take to take one down: what it has changed is written at the disk's pace.
+const CAPTURE_DEADLINE: Duration = Duration::from_secs(320);
+/// How long a host may take to read a snapshot.
+const VERIFY_DEADLINE: Duration = Duration::from_secs(115);
 /// How long a host may take to say what it has.
 const LIST_DEADLINE: Duration = Duration::from_secs(5);
 /// Pause before a call that never reached its host is repeated once: a connection to an agent that has just been
@@ -31,7 +36,7 @@ const LIST_DEADLINE: Duration = Duration::from_secs(5);
 const RECONNECT: Duration = Duration::from_millis(50);
 
 /// Why a host did not do it.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum AgentError {
     /// It is no member.
     #[error("host {0} is not a member at the moment")]
@@ -115,7 +120,7 @@ impl Agents {
         self.channels.retain(|endpoint| members.iter().any(|(_, host)| host.endpoint == endpoint));
     }
 
-    /// Makes the record's microVM on the record's host, within `deadline`.
+    /// Makes the record's microVM on the record's host, of a snapshot if there is one, within `deadline`.
     ///
     /// # Errors
     ///
@@ -123,11 +128,13 @@ impl Agents {
     pub async fn create_vm(
         &self,
         record: &SandboxRecord,
+        snapshot: Option<SnapshotSource>,
         deadline: Duration,
     ) -> Result<CreateVmResponse, AgentError> {
         let request = CreateVmRequest {
             sandbox_id: record.sandbox_id.clone(),
             epoch: record.epoch,
+            snapshot,
             template_id: record.template_id.clone(),
             size: record.size,
             envs: record.envs.clone(),
@@ -209,18 +216,76 @@ impl Agents {
         repeated(&record.host_id, call).await
     }
 
-    /// What a host has.
+    /// Takes the state of the record's microVM down as a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`]; after [`AgentError::Unreachable`] there may be one all the same.
+    pub async fn capture_vm(
+        &self,
+        record: &SandboxRecord,
+        snapshot: SnapshotSource,
+        is_ephemeral: bool,
+    ) -> Result<Snapshot, AgentError> {
+        let request = CaptureVmRequest {
+            sandbox_id: record.sandbox_id.clone(),
+            epoch: record.epoch,
+            snapshot_id: snapshot.snapshot_id,
+            disk_only: snapshot.disk_only,
+            is_ephemeral,
+        };
+        let agent = self.agent(&record.host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(CAPTURE_DEADLINE, request.clone()));
+            async move { agent.capture_vm(request).await }
+        };
+        let captured = repeated(&record.host_id, call).await?;
+        Ok(captured.snapshot.unwrap_or_default())
+    }
+
+    /// Removes a snapshot from a host.
     ///
     /// # Errors
     ///
     /// [`AgentError`].
-    pub async fn list_vms(&self, host_id: &str) -> Result<Vec<Vm>, AgentError> {
+    pub async fn delete_snapshot(&self, host_id: &str, snapshot_id: &str) -> Result<(), AgentError> {
+        let request = DeleteSnapshotRequest { snapshot_id: snapshot_id.into() };
+        let agent = self.agent(host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(DELETE_DEADLINE, request.clone()));
+            async move { agent.delete_snapshot(request).await }
+        };
+        repeated(host_id, call).await.map(|_| ())
+    }
+
+    /// Has a host read all of a snapshot. Returns how much that was, bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`], with `CHECKPOINT_DAMAGED` if it is.
+    pub async fn verify_snapshot(&self, host_id: &str, snapshot_id: &str) -> Result<i64, AgentError> {
+        let request = VerifySnapshotRequest { snapshot_id: snapshot_id.into() };
+        let agent = self.agent(host_id)?;
+        let call = || {
+            let (mut agent, request) = (agent.clone(), within(VERIFY_DEADLINE, request.clone()));
+            async move { agent.verify_snapshot(request).await }
+        };
+        Ok(repeated(host_id, call).await?.verified_bytes)
+    }
+
+    /// What a host has: microVMs and snapshots.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`].
+    pub async fn list_vms(&self, host_id: &str) -> Result<(Vec<Vm>, Vec<Snapshot>), AgentError> {
         let agent = self.agent(host_id)?;
         let call = || {
             let (mut agent, request) = (agent.clone(), within(LIST_DEADLINE, ListVmsRequest {}));
             async move { agent.list_vms(request).await }
         };
-        Ok(repeated(host_id, call).await?.vms)
+        let listed = repeated(host_id, call).await?;
+        Ok((listed.vms, listed.snapshots))
     }
 
     fn agent(&self, host_id: &str) -> Result<AgentServiceClient<ClientChannel>, AgentError> {

@@ -19,8 +19,8 @@ use oc_mesh::{
 use oc_proto::{
     mesh::SchedulerRecord,
     v1::{
-        key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
-        sandbox_service_server::SandboxServiceServer,
+        checkpoint_service_server::CheckpointServiceServer, key_service_server::KeyServiceServer,
+        node_service_server::NodeServiceServer, sandbox_service_server::SandboxServiceServer,
     },
 };
 use prost::Message as _;
@@ -32,11 +32,13 @@ use crate::{
     activity::Activity,
     agents::Agents,
     bootstrap,
+    checkpoints::Checkpoints,
     config::Config,
     flows::Flows,
     ledger::Ledger,
     reconcile::{Pace, Reconciler},
     rpc::{
+        checkpoints::CheckpointRpc,
         keys::KeyRpc,
         nodes::NodeRpc,
         present::Presenter,
@@ -115,9 +117,11 @@ impl App {
             activity: activity.clone(),
             clock: clock.clone(),
         };
-        let presenter = Presenter { signer, hosts: hosts.clone(), activity };
+        let checkpoints = Checkpoints::new(sandboxes.clone(), store.clone(), views.clone()).await?;
+        let presenter = Arc::new(Presenter { signer, hosts: hosts.clone(), activity });
         let routes = routes(
-            SandboxRpc::new(sandboxes.clone(), presenter),
+            SandboxRpc::new(sandboxes.clone(), presenter.clone()),
+            CheckpointRpc::new(checkpoints.clone(), presenter),
             KeyRpc::new(store.clone(), clock),
             NodeRpc::new(store.clone(), hosts, sandboxes.clone()),
         );
@@ -140,8 +144,14 @@ impl App {
         let key = keys::scheduler(&scheduler_id);
         let registration =
             Registration::start(store.clone(), key, member.encode_to_vec().into(), DEFAULT_TTL).await?;
-        let reconciler =
-            Reconciler { sandboxes, store, schedulers, scheduler_id: scheduler_id.clone(), pace };
+        let reconciler = Reconciler {
+            sandboxes,
+            checkpoints,
+            store,
+            schedulers,
+            scheduler_id: scheduler_id.clone(),
+            pace,
+        };
         tasks.spawn(reconciler.run(reconciling.clone()));
         tasks.close();
         unfinished.disarm();
@@ -184,8 +194,9 @@ impl App {
     }
 }
 
-fn routes(sandboxes: SandboxRpc, keys: KeyRpc, nodes: NodeRpc) -> Routes {
+fn routes(sandboxes: SandboxRpc, checkpoints: CheckpointRpc, keys: KeyRpc, nodes: NodeRpc) -> Routes {
     let services = Routes::new(SandboxServiceServer::new(sandboxes))
+        .add_service(CheckpointServiceServer::new(checkpoints))
         .add_service(KeyServiceServer::new(keys))
         .add_service(NodeServiceServer::new(nodes));
     let metrics = get(|| async { oc_mesh::telemetry::render_metrics() });

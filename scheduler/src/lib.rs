@@ -7,6 +7,7 @@
 //! - [`ledger`]: the only way by which records change, counts of hosts and tenants along with them.
 //! - [`agents`]: the hosts, as they are called.
 //! - [`sandboxes`]: creating, looking, deleting; [`flows`]: work that outlives its caller; [`activity`]: who is idle.
+//! - [`checkpoints`]: taking sandboxes' states down, going back to them, branching from them.
 //! - [`reconcile`]: makes what is agree with what should be, after any crash.
 //! - [`rpc`]: the services; [`refusal`]: why a call is refused.
 //! - [`config`], [`bootstrap`], [`app`]: coming up and going down; [`telemetry`]: what is counted; [`random`].
@@ -15,6 +16,7 @@ pub mod activity;
 pub mod agents;
 pub mod app;
 pub mod bootstrap;
+pub mod checkpoints;
 pub mod config;
 pub mod flows;
 pub mod ledger;

@@ -16,6 +16,11 @@
 //!   RUNNING ────────────────────► (hibernating) ──────► HIBERNATED ───────────► (waking) ─────► RUNNING
 //!      ▲                                │                   ▲                       │
 //!      └──────────── spare ─────────────┘                   └───────── doze ────────┘
+//!
+//!                          mark_restoring                restore
+//!   RUNNING or HIBERNATED ──────────────► (restoring) ────────────► RUNNING
+//!             ▲                                │
+//!             └─────────── stay ───────────────┘
 //! ```
 //!
 //! - `CREATING` that nobody works on is *undone*: the record is removed. Its creator was never told of it.
@@ -29,7 +34,9 @@
 //! - `reserved` says whether the sandbox's share of host and quota is counted. It changes in the same transaction as
 //!   the counts; every step that clears it does so once, because it starts from a record that has it set.
 //! - The epoch grows with each placement and with deletion, and never shrinks.
-//! - `RESTORING` is not entered yet.
+//! - *Restoring* is a mark, too: a sandbox that runs or is hibernated, and whose host is asked to put it back to a
+//!   checkpoint. It is asked by a new epoch, `tried_epoch`, and keeps the microVM of the old one until that of the new one
+//!   runs; so the epoch that it has tells whether it was put back. Users see it as `RESTORING`.
 
 use std::{
     collections::HashMap,
@@ -115,6 +122,11 @@ pub fn run(
     })
 }
 
+/// The record of a sandbox that is made of a snapshot, on the host that has it. Not stored yet.
+pub fn draft_on(draft: SandboxRecord, host_id: &str) -> SandboxRecord {
+    SandboxRecord { host_id: host_id.into(), epoch: 1, reserved: true, ..draft }
+}
+
 /// Its microVM is lost. What could hold a secret is forgotten: nothing is made of it any more.
 ///
 /// # Errors
@@ -139,10 +151,10 @@ pub fn fail(record: &SandboxRecord, failure: &str, now: SystemTime) -> Result<Sa
 ///
 /// # Errors
 ///
-/// [`Denied`] if it neither runs nor is hibernated, or its host is being asked to store it.
+/// [`Denied`] if it neither runs nor is hibernated, or its host is being asked to store it or to put it back.
 pub fn set_timeout(record: &SandboxRecord, timeout: i32, now: SystemTime) -> Result<SandboxRecord, Denied> {
     alive(record)?;
-    if record.transition() == SandboxTransition::Hibernating {
+    if matches!(record.transition(), SandboxTransition::Hibernating | SandboxTransition::Restoring) {
         return Err(Denied::NotReady);
     }
     Ok(SandboxRecord { timeout, active_at: Some(now.into()), ..record.clone() })
@@ -155,6 +167,7 @@ pub fn set_timeout(record: &SandboxRecord, timeout: i32, now: SystemTime) -> Res
 /// [`Denied`] if it does not run.
 pub fn mark_hibernating(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
     running(record)?;
+    unless_restoring(record)?;
     Ok(SandboxRecord { transition: SandboxTransition::Hibernating.into(), ..record.clone() })
 }
 
@@ -165,6 +178,7 @@ pub fn mark_hibernating(record: &SandboxRecord) -> Result<SandboxRecord, Denied>
 /// [`Denied`] if it does not run.
 pub fn spare(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, Denied> {
     running(record)?;
+    unless_restoring(record)?;
     Ok(SandboxRecord {
         transition: SandboxTransition::Unspecified.into(),
         active_at: Some(now.into()),
@@ -179,6 +193,7 @@ pub fn spare(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, D
 /// [`Denied`] if it neither runs nor is hibernated.
 pub fn hibernate(record: &SandboxRecord, stored_bytes: i64) -> Result<SandboxRecord, Denied> {
     alive(record)?;
+    unless_restoring(record)?;
     if record.state() == SandboxState::Hibernated {
         return Ok(record.clone());
     }
@@ -198,6 +213,7 @@ pub fn hibernate(record: &SandboxRecord, stored_bytes: i64) -> Result<SandboxRec
 /// [`Denied`] if it is not hibernated.
 pub fn mark_waking(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
     hibernated(record)?;
+    unless_restoring(record)?;
     Ok(SandboxRecord { transition: SandboxTransition::Waking.into(), reserved: true, ..record.clone() })
 }
 
@@ -208,6 +224,7 @@ pub fn mark_waking(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
 /// [`Denied`] if it is not hibernated.
 pub fn doze(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
     hibernated(record)?;
+    unless_restoring(record)?;
     Ok(SandboxRecord { transition: SandboxTransition::Unspecified.into(), reserved: false, ..record.clone() })
 }
 
@@ -222,6 +239,7 @@ pub fn wake(
     now: SystemTime,
 ) -> Result<SandboxRecord, Denied> {
     hibernated(record)?;
+    unless_restoring(record)?;
     Ok(SandboxRecord {
         state: SandboxState::Running.into(),
         transition: SandboxTransition::Unspecified.into(),
@@ -232,6 +250,81 @@ pub fn wake(
         reserved: true,
         ..record.clone()
     })
+}
+
+/// Its host is going to be asked to put it back to a checkpoint, by a new epoch. Its share is counted from now on.
+///
+/// # Errors
+///
+/// [`Denied`] if it neither runs nor is hibernated, or something else is being done with it.
+pub fn mark_restoring(record: &SandboxRecord, checkpoint_id: &str) -> Result<SandboxRecord, Denied> {
+    alive(record)?;
+    if record.transition() != SandboxTransition::Unspecified {
+        return Err(Denied::NotReady);
+    }
+    Ok(SandboxRecord {
+        transition: SandboxTransition::Restoring.into(),
+        tried_epoch: record.epoch.max(record.tried_epoch) + 1,
+        restoring_id: checkpoint_id.into(),
+        reserved: true,
+        ..record.clone()
+    })
+}
+
+/// Its host has put it back: it runs by `epoch`, which was tried.
+///
+/// # Errors
+///
+/// [`Denied`] if it neither runs nor is hibernated, or that epoch is not one that was tried since.
+pub fn restore(
+    record: &SandboxRecord,
+    epoch: u64,
+    made: &CreateVmResponse,
+    now: SystemTime,
+) -> Result<SandboxRecord, Denied> {
+    alive(record)?;
+    if epoch <= record.epoch || epoch > record.tried_epoch {
+        return Err(Denied::Passed);
+    }
+    Ok(SandboxRecord {
+        state: SandboxState::Running.into(),
+        transition: SandboxTransition::Unspecified.into(),
+        epoch,
+        checkpoint_id: record.restoring_id.clone(),
+        accelerator: made.accelerator.clone(),
+        start_path: made.start_path,
+        stored_bytes: 0,
+        active_at: Some(now.into()),
+        reserved: true,
+        ..record.clone()
+    })
+}
+
+/// It was not put back: it is as it was.
+///
+/// # Errors
+///
+/// [`Denied`] if it is not marked.
+pub fn stay(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
+    alive(record)?;
+    if record.transition() != SandboxTransition::Restoring {
+        return Err(Denied::Passed);
+    }
+    Ok(SandboxRecord {
+        transition: SandboxTransition::Unspecified.into(),
+        reserved: record.state() == SandboxState::Running,
+        ..record.clone()
+    })
+}
+
+/// What it goes on from is this checkpoint now: parent of the next one.
+///
+/// # Errors
+///
+/// [`Denied`] if it neither runs nor is hibernated.
+pub fn follow(record: &SandboxRecord, checkpoint_id: &str) -> Result<SandboxRecord, Denied> {
+    alive(record)?;
+    Ok(SandboxRecord { checkpoint_id: checkpoint_id.into(), ..record.clone() })
 }
 
 /// From here on nobody uses it. Fine if it is marked.
@@ -245,7 +338,7 @@ pub fn mark_deleting(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
         _ if record.deleting => Ok(record.clone()),
         _ => Ok(SandboxRecord {
             deleting: true,
-            epoch: record.epoch + 1,
+            epoch: record.epoch.max(record.tried_epoch) + 1,
             transition: SandboxTransition::Unspecified.into(),
             ..record.clone()
         }),
@@ -263,7 +356,7 @@ pub fn bury(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, De
     let epoch = match record.state() {
         SandboxState::Deleted => return Err(Denied::Deleted),
         _ if record.deleting => record.epoch,
-        SandboxState::Failed => record.epoch + 1,
+        SandboxState::Failed => record.epoch.max(record.tried_epoch) + 1,
         _ => return Err(Denied::NotReady),
     };
     Ok(SandboxRecord {
@@ -293,6 +386,11 @@ pub fn is_deleted(record: &SandboxRecord) -> bool {
 /// Whether its host is being asked to store it.
 pub fn is_hibernating(record: &SandboxRecord) -> bool {
     record.state() == SandboxState::Running && record.transition() == SandboxTransition::Hibernating
+}
+
+/// Whether its host is being asked to put it back to a checkpoint.
+pub fn is_restoring(record: &SandboxRecord) -> bool {
+    record.transition() == SandboxTransition::Restoring && !is_deleted(record)
 }
 
 /// When it was last used, as far as the record knows.
@@ -328,6 +426,10 @@ fn alive(record: &SandboxRecord) -> Result<(), Denied> {
     hibernated(record).or_else(|_| running(record))
 }
 
+fn unless_restoring(record: &SandboxRecord) -> Result<(), Denied> {
+    if record.transition() == SandboxTransition::Restoring { Err(Denied::NotReady) } else { Ok(()) }
+}
+
 fn running(record: &SandboxRecord) -> Result<(), Denied> {
     match record.state() {
         _ if is_deleted(record) => Err(Denied::Deleted),
@@ -355,6 +457,10 @@ mod tests {
         MarkWaking,
         Doze,
         Wake,
+        MarkRestoring,
+        Restore,
+        Stay,
+        Follow,
         MarkDeleting,
         Bury,
     }
@@ -371,6 +477,10 @@ mod tests {
             Just(Step::MarkWaking),
             Just(Step::Doze),
             Just(Step::Wake),
+            Just(Step::MarkRestoring),
+            Just(Step::Restore),
+            Just(Step::Stay),
+            Just(Step::Follow),
             Just(Step::MarkDeleting),
             Just(Step::Bury),
         ];
@@ -400,6 +510,10 @@ mod tests {
             Step::MarkWaking => mark_waking(record),
             Step::Doze => doze(record),
             Step::Wake => wake(record, &WakeVmResponse::default(), now),
+            Step::MarkRestoring => mark_restoring(record, &format!("cp-{second}")),
+            Step::Restore => restore(record, record.tried_epoch, &CreateVmResponse::default(), now),
+            Step::Stay => stay(record),
+            Step::Follow => follow(record, &format!("cp-{second}")),
             Step::MarkDeleting => mark_deleting(record),
             Step::Bury => bury(record, now),
         }
@@ -438,7 +552,12 @@ mod tests {
             for pair in play(&steps).windows(2) {
                 prop_assert!(pair[0].epoch <= pair[1].epoch);
                 if pair[0].host_id != pair[1].host_id || is_deleted(&pair[0]) != is_deleted(&pair[1]) {
-                    prop_assert_eq!(pair[0].epoch + 1, pair[1].epoch);
+                    prop_assert_eq!(pair[0].epoch.max(pair[0].tried_epoch) + 1, pair[1].epoch);
+                }
+                // No epoch is asked for twice, whatever became of it.
+                prop_assert!(pair[0].tried_epoch <= pair[1].tried_epoch);
+                if is_restoring(&pair[1]) {
+                    prop_assert!(pair[1].tried_epoch > pair[1].epoch);
                 }
             }
         }
@@ -450,7 +569,9 @@ mod tests {
                     SandboxState::Failed | SandboxState::Deleted => false,
                     // One that is marked while it wakes keeps its share until its host says that nothing is left.
                     SandboxState::Hibernated if record.deleting => continue,
-                    SandboxState::Hibernated => record.transition() == SandboxTransition::Waking,
+                    SandboxState::Hibernated => {
+                        matches!(record.transition(), SandboxTransition::Waking | SandboxTransition::Restoring)
+                    }
                     _ => true,
                 };
                 prop_assert_eq!(record.reserved, given, "{:?}", record);
@@ -464,6 +585,10 @@ mod tests {
                     SandboxTransition::Unspecified => {}
                     SandboxTransition::Hibernating => prop_assert_eq!(record.state(), SandboxState::Running),
                     SandboxTransition::Waking => prop_assert_eq!(record.state(), SandboxState::Hibernated),
+                    SandboxTransition::Restoring => prop_assert!(matches!(
+                        record.state(),
+                        SandboxState::Running | SandboxState::Hibernated
+                    )),
                 }
                 prop_assert!(record.stored_bytes == 0 || record.state() == SandboxState::Hibernated);
             }
@@ -496,6 +621,27 @@ mod tests {
         assert_eq!(active_at(&spared), at(4));
         let stored = hibernate(&marked, 1).unwrap();
         assert_eq!(set_timeout(&stored, 60, at(5)).unwrap().timeout, 60);
+    }
+
+    #[test]
+    fn a_sandbox_is_put_back_by_an_epoch_that_nobody_was_asked_for() {
+        let running = take(&start(), Step::Run, 1).unwrap();
+        let first = mark_restoring(&running, "cp-1").unwrap();
+        assert_eq!((first.epoch, first.tried_epoch), (1, 2));
+        assert_eq!(mark_restoring(&first, "cp-2"), Err(Denied::NotReady));
+        assert_eq!(mark_hibernating(&first), Err(Denied::NotReady));
+        assert_eq!(set_timeout(&first, 0, at(2)), Err(Denied::NotReady));
+        let stayed = stay(&first).unwrap();
+        assert_eq!((stayed.epoch, stayed.checkpoint_id.as_str()), (1, ""));
+        let second = mark_restoring(&stayed, "cp-2").unwrap();
+        assert_eq!((second.epoch, second.tried_epoch), (1, 3));
+        let made = CreateVmResponse::default();
+        assert_eq!(restore(&second, 1, &made, at(3)), Err(Denied::Passed));
+        assert_eq!(restore(&second, 4, &made, at(3)), Err(Denied::Passed));
+        let restored = restore(&second, 3, &made, at(3)).unwrap();
+        assert_eq!((restored.epoch, restored.checkpoint_id.as_str()), (3, "cp-2"));
+        // One that its host did after all, though nobody waited for it any more.
+        assert_eq!(restore(&stayed, 2, &made, at(3)).unwrap().epoch, 2);
     }
 
     #[test]

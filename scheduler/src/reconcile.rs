@@ -27,6 +27,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    checkpoints::Checkpoints,
     ledger::drift,
     reconcile::{
         act::Seen,
@@ -62,6 +63,8 @@ impl Default for Pace {
 pub struct Reconciler {
     /// The sandboxes.
     pub sandboxes: Sandboxes,
+    /// The checkpoints.
+    pub checkpoints: Checkpoints,
     /// The store, for the counts.
     pub store: SharedStore,
     /// The schedulers that are members.
@@ -135,8 +138,9 @@ impl Reconciler {
         let moment = self.moment();
         let records: BTreeMap<String, Arc<SandboxRecord>> =
             self.sandboxes.records.all().into_iter().collect();
-        let vms = match self.sandboxes.agents.list_vms(host_id).await {
-            Ok(vms) => vms,
+        let checkpoints = self.checkpoints.of_host(host_id);
+        let (vms, snapshots) = match self.sandboxes.agents.list_vms(host_id).await {
+            Ok(listed) => listed,
             Err(error) => {
                 telemetry::host_unreachable();
                 tracing::warn!(host_id, %error, "host cannot be looked at");
@@ -152,6 +156,7 @@ impl Reconciler {
                 async move { self.sandboxes.reconcile_vm(&sandbox_id, action, seen, moment).await }
             })
             .await;
+        self.checkpoints.look_at_host(host_id, &checkpoints, &snapshots, moment).await;
     }
 
     /// Looks at what follows from the records alone, once.
@@ -169,6 +174,7 @@ impl Reconciler {
                 self.sandboxes.reconcile_record(&sandbox_id, action, moment).await;
             })
             .await;
+        self.checkpoints.look_at_records(moment).await;
     }
 
     /// Repairs counts that disagree with the records.

@@ -9,7 +9,8 @@ use thiserror::Error;
 use tonic::Status;
 
 use crate::{
-    agents::AgentError, ledger::LedgerError, lifecycle::Denied, placement::Unplaceable, validate::Invalid,
+    agents::AgentError, checkpoints::index::Inadmissible, ledger::LedgerError, lifecycle::Denied,
+    placement::Unplaceable, validate::Invalid,
 };
 
 /// Why a call is refused.
@@ -21,6 +22,21 @@ pub enum Refusal {
     /// There is no such sandbox, or it is another tenant's.
     #[error("there is no such sandbox")]
     SandboxNotFound,
+    /// There is no such checkpoint, or it is another tenant's.
+    #[error("there is no such checkpoint")]
+    CheckpointNotFound,
+    /// A checkpoint may not be taken.
+    #[error(transparent)]
+    Inadmissible(#[from] Inadmissible),
+    /// A checkpoint is being taken, or failed.
+    #[error("the checkpoint is not ready")]
+    CheckpointNotReady,
+    /// Something is to go on from a checkpoint of a disk alone.
+    #[error("the checkpoint holds a disk alone: what is made of it boots")]
+    CheckpointHasNoMemory,
+    /// Its host does not have it any more.
+    #[error("the checkpoint is lost: its host does not have it any more")]
+    CheckpointLost,
     /// There is no such key.
     #[error("there is no such key")]
     KeyNotFound,
@@ -69,6 +85,12 @@ impl Refusal {
             Self::Invalid(Invalid::Size(_)) => Reason::InvalidSize,
             Self::Invalid(_) => Reason::InvalidArgument,
             Self::SandboxNotFound => Reason::SandboxNotFound,
+            Self::CheckpointNotFound => Reason::CheckpointNotFound,
+            Self::Inadmissible(Inadmissible::Exists(_)) => Reason::CheckpointExists,
+            Self::Inadmissible(Inadmissible::TooMany { .. }) => Reason::TooManyCheckpoints,
+            Self::CheckpointNotReady => Reason::CheckpointNotReady,
+            Self::CheckpointHasNoMemory => Reason::CheckpointHasNoMemory,
+            Self::CheckpointLost => Reason::CheckpointDamaged,
             Self::KeyNotFound => Reason::KeyNotFound,
             Self::WrongSandbox => Reason::WrongSandbox,
             Self::NotAdmin => Reason::NotAdmin,

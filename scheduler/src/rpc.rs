@@ -6,6 +6,7 @@ use tonic::Request;
 
 use crate::refusal::Refusal;
 
+pub mod checkpoints;
 pub mod keys;
 pub mod nodes;
 pub mod present;

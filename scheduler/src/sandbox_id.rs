@@ -28,16 +28,7 @@ impl SandboxId {
     ///
     /// The system has no randomness to give.
     pub fn generate() -> Result<Self, getrandom::Error> {
-        let mut id = String::with_capacity(PREFIX.len() + LEN);
-        id.push_str(PREFIX);
-        let mut bytes = [0u8; 32];
-        while id.len() < PREFIX.len() + LEN {
-            getrandom::fill(&mut bytes)?;
-            let fair = bytes.iter().filter(|byte| **byte < FAIR_BYTES);
-            let missing = PREFIX.len() + LEN - id.len();
-            id.extend(fair.take(missing).map(|byte| char::from(ALPHABET[usize::from(byte % 36)])));
-        }
-        Ok(Self(id))
+        random(PREFIX).map(Self)
     }
 
     /// The ID as text.
@@ -46,16 +37,35 @@ impl SandboxId {
     }
 }
 
+/// A new ID of anything: `prefix` and 20 random characters.
+///
+/// # Errors
+///
+/// The system has no randomness to give.
+pub fn random(prefix: &str) -> Result<String, getrandom::Error> {
+    let mut id = String::with_capacity(prefix.len() + LEN);
+    id.push_str(prefix);
+    let mut bytes = [0u8; 32];
+    while id.len() < prefix.len() + LEN {
+        getrandom::fill(&mut bytes)?;
+        let fair = bytes.iter().filter(|byte| **byte < FAIR_BYTES);
+        let missing = prefix.len() + LEN - id.len();
+        id.extend(fair.take(missing).map(|byte| char::from(ALPHABET[usize::from(byte % 36)])));
+    }
+    Ok(id)
+}
+
+/// Whether [`random`] could have made `text`.
+pub fn is_random(prefix: &str, text: &str) -> bool {
+    text.strip_prefix(prefix)
+        .is_some_and(|random| random.len() == LEN && random.bytes().all(|byte| ALPHABET.contains(&byte)))
+}
+
 impl FromStr for SandboxId {
     type Err = SandboxIdError;
 
     fn from_str(text: &str) -> Result<Self, SandboxIdError> {
-        let random = text.strip_prefix(PREFIX).ok_or(SandboxIdError)?;
-        if random.len() == LEN && random.bytes().all(|byte| ALPHABET.contains(&byte)) {
-            Ok(Self(text.into()))
-        } else {
-            Err(SandboxIdError)
-        }
+        if is_random(PREFIX, text) { Ok(Self(text.into())) } else { Err(SandboxIdError) }
     }
 }
 

@@ -1,5 +1,5 @@
 //! What may be done with sandboxes, for callers that are known and requests that are parsed. Creating, deleting, storing
-//! and waking are flows of their own: [`create`], [`delete`], [`hibernate`].
+//! waking and putting back are flows of their own: [`create`], [`delete`], [`hibernate`], [`restore`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,6 +20,7 @@ use crate::{
 pub mod create;
 pub mod delete;
 pub mod hibernate;
+pub mod restore;
 
 /// How long a list waits for its copy of the records to show what this process has answered.
 const CATCH_UP: Duration = Duration::from_secs(1);
@@ -82,8 +83,8 @@ impl Sandboxes {
         let settled = async {
             for attempt in 0.. {
                 match self.ledger.update(sandbox_id, step).await {
-                    // Its host has just been asked to store it. Only the host knows which came first.
-                    Err(LedgerError::Denied(Denied::NotReady)) if self.is_hibernating(sandbox_id).await => {
+                    // Its host has just been asked to store it, or to put it back. Only the host knows which came first.
+                    Err(LedgerError::Denied(Denied::NotReady)) if self.is_settling(sandbox_id).await => {
                         random::pause(Duration::from_millis(10), attempt).await;
                     }
                     settled => return settled.map(|_| ()),
@@ -95,13 +96,15 @@ impl Sandboxes {
         Ok(settled.unwrap_or_else(|_| Err(Denied::NotReady.into()))?)
     }
 
-    async fn is_hibernating(&self, sandbox_id: &str) -> bool {
+    async fn is_settling(&self, sandbox_id: &str) -> bool {
+        let is_settling =
+            |record: &SandboxRecord| lifecycle::is_hibernating(record) || lifecycle::is_restoring(record);
         let found = self.ledger.read(sandbox_id).await;
-        found.is_ok_and(|found| found.is_some_and(|found| lifecycle::is_hibernating(&found.record)))
+        found.is_ok_and(|found| found.is_some_and(|found| is_settling(&found.record)))
     }
 
     /// The record of a tenant's sandbox.
-    async fn find(&self, tenant: &str, sandbox_id: &str) -> Result<Versioned, Refusal> {
+    pub(crate) async fn find(&self, tenant: &str, sandbox_id: &str) -> Result<Versioned, Refusal> {
         // What is no ID names no sandbox, and never reaches the store.
         let id: SandboxId = sandbox_id.parse().map_err(|_| Refusal::SandboxNotFound)?;
         let found = self.ledger.read(id.as_str()).await?.ok_or(Refusal::SandboxNotFound)?;

@@ -12,7 +12,7 @@ const DEFAULT_TEMPLATE: &str = "base";
 /// Longest name of a template, bytes.
 const MAX_TEMPLATE: usize = 64;
 /// The idle timeout of who says nothing, seconds.
-const DEFAULT_TIMEOUT: i32 = 300;
+pub const DEFAULT_TIMEOUT: i32 = 300;
 /// The longest idle timeout, seconds: 31 days.
 const MAX_TIMEOUT: i32 = 31 * 24 * 3600;
 /// Names and values of the environment together, bytes.
@@ -27,6 +27,11 @@ const MAX_METADATA: usize = 256;
 const MAX_TENANT: usize = 64;
 /// Longest description of a key, bytes.
 const MAX_DESCRIPTION: usize = 256;
+
+/// Longest name of a checkpoint, bytes.
+const MAX_CHECKPOINT_NAME: usize = 128;
+/// Sandboxes that are made of one at once.
+const MAX_FORKS: i32 = 64;
 
 /// A sandbox that may be asked for.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,6 +83,23 @@ pub enum Invalid {
     /// The description is too long.
     #[error("description must be at most {MAX_DESCRIPTION} bytes")]
     Description,
+    /// The checkpoint's name has no such form.
+    #[error("name must be 1 to {MAX_CHECKPOINT_NAME} bytes without control characters")]
+    CheckpointName,
+    /// More or fewer sandboxes than are made at once.
+    #[error("count must be 1 to {MAX_FORKS}, not {0}")]
+    Count(i32),
+    /// A number that the contract does not know.
+    #[error("{0} has a value that is none of those there are")]
+    Enumeration(&'static str),
+    /// Fewer checkpoints than none are to be kept, or more than there may be.
+    #[error("retentionPolicy.maxCount must be 0 to {max}, not {given}")]
+    Retention {
+        /// What was asked for.
+        given: i32,
+        /// As many as there may be.
+        max: usize,
+    },
     /// The page is too large, or negative.
     #[error("page_size must be 0 to 1000, not {0}")]
     PageSize(i32),
@@ -140,6 +162,48 @@ pub fn tenant(name: &str) -> Result<(), Invalid> {
 /// [`Invalid::Description`].
 pub fn description(text: &str) -> Result<(), Invalid> {
     if text.len() <= MAX_DESCRIPTION { Ok(()) } else { Err(Invalid::Description) }
+}
+
+/// A checkpoint's name.
+///
+/// # Errors
+///
+/// [`Invalid::CheckpointName`].
+pub fn checkpoint_name(name: &str) -> Result<(), Invalid> {
+    let is_plain = !name.chars().any(char::is_control);
+    if (1..=MAX_CHECKPOINT_NAME).contains(&name.len()) && is_plain {
+        Ok(())
+    } else {
+        Err(Invalid::CheckpointName)
+    }
+}
+
+/// How many sandboxes are to be made; one where nothing is said.
+///
+/// # Errors
+///
+/// [`Invalid::Count`].
+pub fn count(asked: Option<i32>) -> Result<usize, Invalid> {
+    let count = asked.unwrap_or(1);
+    usize::try_from(count).ok().filter(|_| (1..=MAX_FORKS).contains(&count)).ok_or(Invalid::Count(count))
+}
+
+/// What is made of a state of another sandbox: as that one is, but for what is asked for.
+///
+/// # Errors
+///
+/// [`Invalid`] for the first thing that is wrong.
+pub fn fork_order(
+    of: Order,
+    timeout_asked: Option<i32>,
+    envs: HashMap<String, String>,
+    metadata: HashMap<String, String>,
+) -> Result<Order, Invalid> {
+    let mut order = Order { timeout: timeout(timeout_asked.unwrap_or(of.timeout))?, metadata, ..of };
+    order.envs.extend(envs);
+    check_envs(&order.envs)?;
+    check_metadata(&order.metadata)?;
+    Ok(order)
 }
 
 fn check_envs(envs: &HashMap<String, String>) -> Result<(), Invalid> {
@@ -229,6 +293,32 @@ mod tests {
         assert_eq!(with(entries(MAX_METADATA + 1)), Err(Invalid::Metadata));
         assert_eq!(with([("k".into(), "v".repeat(MAX_METADATA_BYTES))].into()), Err(Invalid::Metadata));
         assert_eq!(with([(String::new(), "v".into())].into()), Err(Invalid::MetadataKey));
+    }
+
+    #[test]
+    fn forks_are_counted_and_lay_their_environment_over_their_origins() {
+        assert_eq!((count(None), count(Some(1)), count(Some(64))), (Ok(1), Ok(1), Ok(64)));
+        for bad in [0, 65, -1, i32::MIN] {
+            assert_eq!(count(Some(bad)), Err(Invalid::Count(bad)));
+        }
+        let env = |name: &str, value: &str| HashMap::from([(name.to_owned(), value.to_owned())]);
+        let of = with_env("A", "old").unwrap();
+        let fork = fork_order(of.clone(), None, env("A", "new"), env("m", "n")).unwrap();
+        assert_eq!((fork.timeout, &fork.envs, &fork.metadata), (300, &env("A", "new"), &env("m", "n")));
+        let fork = fork_order(of.clone(), Some(0), env("B", "b"), HashMap::new()).unwrap();
+        assert_eq!((fork.timeout, fork.envs.len()), (0, 2));
+        let too_much = env("B", &"x".repeat(MAX_ENVS_BYTES));
+        assert_eq!(fork_order(of, None, too_much, HashMap::new()), Err(Invalid::Envs));
+    }
+
+    #[test]
+    fn checkpoints_have_names_of_one_line() {
+        for name in ["a", "before the upgrade ✓", &"n".repeat(128)] {
+            assert_eq!(checkpoint_name(name), Ok(()), "{name}");
+        }
+        for name in ["", "a\nb", "\0", "\u{9b}", &"n".repeat(129)] {
+            assert_eq!(checkpoint_name(name), Err(Invalid::CheckpointName), "{name}");
+        }
     }
 
     #[test]

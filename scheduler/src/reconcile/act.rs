@@ -1,7 +1,9 @@
 //! Carries out what a plan says, after a second look.
 
+use std::time::Duration;
+
 use oc_mesh::error::Reason;
-use oc_proto::mesh::{SandboxRecord, Vm};
+use oc_proto::mesh::{SandboxRecord, SnapshotSource, Vm};
 
 use super::plan::{Action, Around, Moment, judge, judge_record};
 use crate::{
@@ -12,6 +14,9 @@ use crate::{
     sandboxes::Sandboxes,
     telemetry,
 };
+
+/// How long a host may take to say how it has put a sandbox back that runs.
+const RESTORED_WITHIN: Duration = Duration::from_secs(10);
 
 /// A host's answer about one sandbox.
 #[derive(Debug)]
@@ -111,6 +116,16 @@ impl Sandboxes {
             }
             Action::FinishWake => {
                 self.finish_wake(stored).await?;
+            }
+            Action::FinishRestore { epoch } => {
+                // The call that made what runs there already: its host answers as it did, or would have.
+                let asked = SandboxRecord { epoch: *epoch, ..stored.record.clone() };
+                let source = SnapshotSource { snapshot_id: asked.restoring_id.clone(), disk_only: false };
+                let made = self.agents.create_vm(&asked, Some(source), RESTORED_WITHIN).await?;
+                self.ledger.step(stored, |record| lifecycle::restore(record, *epoch, &made, now)).await?;
+            }
+            Action::Stay => {
+                self.ledger.step(stored, lifecycle::stay).await?;
             }
             Action::Bury => {
                 self.ledger.step(stored, |record| lifecycle::bury(record, now)).await?;

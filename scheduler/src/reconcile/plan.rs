@@ -60,6 +60,13 @@ pub enum Action {
     Doze,
     /// Its host has woken it.
     FinishWake,
+    /// Its host has put it back to a checkpoint, or does so by now: it is of this epoch.
+    FinishRestore {
+        /// Its epoch.
+        epoch: u64,
+    },
+    /// Its host was going to be asked to put it back, but nobody does any more.
+    Stay,
     /// Nothing is left of it.
     Bury,
     /// It was deleted long ago: forget it.
@@ -79,6 +86,8 @@ impl Action {
             Self::FinishHibernate { .. } => "finish_hibernate",
             Self::Doze => "doze",
             Self::FinishWake => "finish_wake",
+            Self::FinishRestore { .. } => "finish_restore",
+            Self::Stay => "stay",
             Self::Bury => "bury",
             Self::Collect => "collect",
         }
@@ -137,6 +146,9 @@ fn judge_placed(record: &SandboxRecord, vm: Option<&Vm>, moment: Moment) -> Opti
         SandboxState::Deleted => stray(),
         _ if record.deleting => Some(Action::FinishDelete),
         SandboxState::Failed => stray(),
+        SandboxState::Running | SandboxState::Hibernated if lifecycle::is_restoring(record) => {
+            judge_restoring(record, vm)
+        }
         SandboxState::Running => judge_running(record, vm, moment),
         // A flow works on it, or it is undone without its host.
         SandboxState::Creating => None,
@@ -175,8 +187,26 @@ fn judge_hibernated(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
     }
 }
 
+/// Its host has the microVM of the epoch that was tried, or still that of the one before.
+fn judge_restoring(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
+    match vm {
+        None => Some(Action::Fail { failure: "its host has no such microVM any more".into() }),
+        Some(vm) if vm.epoch == record.epoch => Some(Action::Stay),
+        Some(vm) => judge_other_epoch(record, vm),
+    }
+}
+
 fn judge_other_epoch(record: &SandboxRecord, vm: &Vm) -> Option<Action> {
-    (vm.epoch < record.epoch).then_some(Action::EndStray { epoch: vm.epoch })
+    match vm.epoch {
+        older if older < record.epoch => Some(Action::EndStray { epoch: vm.epoch }),
+        tried if tried <= record.tried_epoch => match vm.state() {
+            VmState::Failed => Some(lost(vm)),
+            // It may fail yet, and then the one before goes on.
+            VmState::Starting => None,
+            _ => Some(Action::FinishRestore { epoch: vm.epoch }),
+        },
+        _ => None,
+    }
 }
 
 fn lost(vm: &Vm) -> Action {

@@ -34,7 +34,11 @@ impl Presenter {
             false => self.signer.sign(&record.tenant, &record.sandbox_id, now)?.0,
         };
         let size = record.size.unwrap_or_default();
-        let state = if is_deleted { SandboxState::Deleted } else { record.state() };
+        let state = match record.state() {
+            _ if is_deleted => SandboxState::Deleted,
+            _ if lifecycle::is_restoring(record) => SandboxState::Restoring,
+            state => state,
+        };
         let region = self.hosts.get(&record.host_id).map(|host| host.region.clone());
         Ok(Sandbox {
             sandbox_id: record.sandbox_id.clone(),
@@ -54,6 +58,8 @@ impl Presenter {
             accelerator: record.accelerator.clone(),
             failure: record.failure.clone(),
             start_path: start_path(record.start_path()).into(),
+            from_checkpoint_id: record.from_checkpoint_id.clone(),
+            forked_from: record.forked_from.clone(),
         })
     }
 
@@ -87,5 +93,7 @@ fn start_path(path: StartPath) -> &'static str {
         StartPath::Cold => "cold",
         StartPath::Memory => "memory",
         StartPath::Disk => "disk",
+        StartPath::Restored => "restored",
+        StartPath::RestoredDisk => "restored-disk",
     }
 }

@@ -41,8 +41,8 @@ pub struct SandboxRpc {
 
 impl SandboxRpc {
     /// Serves these sandboxes.
-    pub fn new(sandboxes: Sandboxes, presenter: Presenter) -> Self {
-        Self { sandboxes, presenter: Arc::new(presenter) }
+    pub fn new(sandboxes: Sandboxes, presenter: Arc<Presenter>) -> Self {
+        Self { sandboxes, presenter }
     }
 }
 

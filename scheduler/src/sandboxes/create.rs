@@ -13,7 +13,8 @@
 
 use std::time::Duration;
 
-use oc_proto::mesh::CreateVmResponse;
+use futures_util::future::{BoxFuture, Shared};
+use oc_proto::mesh::{CreateVmResponse, SandboxRecord, Snapshot, SnapshotSource};
 use tokio::time::Instant;
 
 use super::Sandboxes;
@@ -35,6 +36,39 @@ const BUDGET: Duration = Duration::from_secs(120);
 /// transactions take.
 pub const ABANDONED_AFTER: Duration = Duration::from_secs(180);
 
+/// What is told of a snapshot once it was taken, to all who wait for it.
+pub(crate) type Captured = Shared<BoxFuture<'static, Result<Snapshot, AgentError>>>;
+
+/// What a sandbox is made of, instead of a template.
+#[derive(Clone, Debug)]
+pub(crate) struct Origin {
+    /// The host that has the snapshot.
+    pub(crate) host_id: String,
+    /// The snapshot.
+    pub(crate) source: SnapshotSource,
+    /// Completes when it was taken.
+    pub(crate) captured: Captured,
+    /// The checkpoint that it is of, if it is one's.
+    pub(crate) from_checkpoint_id: String,
+    /// The checkpoint that its sandbox went on from last.
+    pub(crate) parent_id: String,
+    /// The sandbox that it is of, if no checkpoint was made.
+    pub(crate) forked_from: String,
+}
+
+impl Origin {
+    /// The record of a sandbox that is made of it.
+    fn apply(&self, draft: SandboxRecord) -> SandboxRecord {
+        let record = SandboxRecord {
+            from_checkpoint_id: self.from_checkpoint_id.clone(),
+            checkpoint_id: self.parent_id.clone(),
+            forked_from: self.forked_from.clone(),
+            ..draft
+        };
+        lifecycle::draft_on(record, &self.host_id)
+    }
+}
+
 impl Sandboxes {
     /// Creates a sandbox and returns its record, running.
     ///
@@ -49,53 +83,89 @@ impl Sandboxes {
         let tenant = tenant.to_owned();
         let abandoned = move |result: Result<Versioned, Refusal>| async move {
             if let Ok(made) = result {
-                let sandbox_id = made.record.sandbox_id;
-                tracing::info!(sandbox_id, "its creator has gone away: deleting it");
-                if let Err(error) = this.end(&sandbox_id).await {
-                    tracing::warn!(sandbox_id, %error, "it stays until its idle timeout");
-                }
+                this.unwanted(&made.record.sandbox_id).await;
             }
         };
-        let flow = async move {
-            let begun = Instant::now();
-            let result = caller.make(&id, &tenant, order).await;
-            let outcome = result.as_ref().map_or_else(|refusal| refusal.reason().as_str(), |_| "ok");
-            telemetry::created(outcome, begun.elapsed());
-            match &result {
-                Ok(made) => tracing::info!(
-                    sandbox_id = id.as_str(),
-                    tenant,
-                    host_id = made.record.host_id,
-                    start_path = made.record.start_path().as_str_name(),
-                    elapsed_ms = begun.elapsed().as_millis(),
-                    "sandbox created"
-                ),
-                Err(error) => tracing::info!(sandbox_id = id.as_str(), tenant, %error, "sandbox not created"),
-            }
-            result
-        };
+        let flow = async move { caller.make_and_tell(&id, &tenant, order, None).await };
         self.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping))
     }
 
-    async fn make(&self, id: &SandboxId, tenant: &str, order: Order) -> Result<Versioned, Refusal> {
+    /// Ends a sandbox whose creator has gone away.
+    pub(crate) async fn unwanted(&self, sandbox_id: &str) {
+        tracing::info!(sandbox_id, "its creator has gone away: deleting it");
+        if let Err(error) = self.end(sandbox_id).await {
+            tracing::warn!(sandbox_id, %error, "it stays until its idle timeout");
+        }
+    }
+
+    /// Makes a sandbox, of what `origin` says if there is one, and counts and logs what became of it.
+    pub(crate) async fn make_and_tell(
+        &self,
+        id: &SandboxId,
+        tenant: &str,
+        order: Order,
+        origin: Option<Origin>,
+    ) -> Result<Versioned, Refusal> {
+        let begun = Instant::now();
+        let result = self.make(id, tenant, order, origin).await;
+        let outcome = result.as_ref().map_or_else(|refusal| refusal.reason().as_str(), |_| "ok");
+        telemetry::created(outcome, begun.elapsed());
+        match &result {
+            Ok(made) => tracing::info!(
+                sandbox_id = id.as_str(),
+                tenant,
+                host_id = made.record.host_id,
+                start_path = made.record.start_path().as_str_name(),
+                elapsed_ms = begun.elapsed().as_millis(),
+                "sandbox created"
+            ),
+            Err(error) => tracing::info!(sandbox_id = id.as_str(), tenant, %error, "sandbox not created"),
+        }
+        result
+    }
+
+    async fn make(
+        &self,
+        id: &SandboxId,
+        tenant: &str,
+        order: Order,
+        origin: Option<Origin>,
+    ) -> Result<Versioned, Refusal> {
         // Before the record exists, so that reconciliation never sees one that nobody works on.
         let _live = self.flows.enter(id.as_str());
-        let deadline = Instant::now() + BUDGET;
+        let until = Instant::now() + BUDGET;
         let draft = lifecycle::draft(id, tenant, order, self.clock.now());
-        let to = Next::Placed { record: draft, avoid: Vec::new() };
+        let to = match &origin {
+            None => Next::Placed { record: draft, avoid: Vec::new() },
+            Some(origin) => Next::Reserved(origin.apply(draft)),
+        };
         let mut placed = self.write(id, None, to).await?;
+        let mut snapshot = None;
+        if let Some(Origin { captured, source, .. }) = &origin {
+            // Its record was written while the snapshot was taken.
+            if let Err(failure) = captured.clone().await {
+                self.undo(placed).await;
+                return Err(failure.into());
+            }
+            snapshot = Some(source.clone());
+        }
         let mut tried = Vec::new();
         loop {
             let record = &placed.record;
-            let remaining = deadline.saturating_duration_since(Instant::now());
-            let failure = match self.agents.create_vm(record, CREATE_DEADLINE.min(remaining)).await {
+            let remaining = until.saturating_duration_since(Instant::now());
+            let deadline = CREATE_DEADLINE.min(remaining);
+            let failure = match self.agents.create_vm(record, snapshot.clone(), deadline).await {
                 Ok(made) => return self.run(placed, &made).await,
                 Err(failure) => failure,
             };
             tracing::warn!(sandbox_id = %id, host_id = record.host_id, error = %failure, "host did not make it");
             self.clean_up(&placed, &failure);
             tried.push(record.host_id.clone());
-            let may_go_on = failure.is_of_this_host() && tried.len() < MAX_HOSTS && Instant::now() < deadline;
+            // A snapshot is on one host.
+            let may_go_on = failure.is_of_this_host()
+                && origin.is_none()
+                && tried.len() < MAX_HOSTS
+                && Instant::now() < until;
             let next = if may_go_on { self.place_again(id, &placed, &tried).await? } else { None };
             match next {
                 Some(next) => placed = next,

@@ -118,8 +118,9 @@ impl Sandboxes {
             }
             match (record.state(), record.transition()) {
                 (SandboxState::Failed, _) => return Err(Denied::Failed.into()),
-                // Whoever stores it settles that, or reconciliation does: it must not be kept from it here.
-                (SandboxState::Running, SandboxTransition::Hibernating) => {}
+                // Whoever does that settles it, or reconciliation: it must not be kept from it here.
+                (SandboxState::Running, SandboxTransition::Hibernating)
+                | (_, SandboxTransition::Restoring) => {}
                 (SandboxState::Running, _) => return Ok(found.record),
                 (SandboxState::Hibernated, SandboxTransition::Waking) => {
                     let _live = self.flows.enter(sandbox_id);

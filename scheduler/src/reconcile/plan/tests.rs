@@ -125,6 +125,24 @@ fn a_wake_that_nobody_finishes_is_settled_by_what_the_host_has() {
 }
 
 #[test]
+fn which_epoch_a_host_has_tells_whether_it_has_put_a_sandbox_back() {
+    for before in [record(SandboxState::Running, 1), record(SandboxState::Hibernated, 1)] {
+        let marked = lifecycle::mark_restoring(&before, "cp-1").unwrap();
+        assert_eq!(judged(Some(&marked), Some(&vm(VmState::Running, 2, 0)), 10), Some("finish_restore"));
+        assert_eq!(judged(Some(&marked), Some(&vm(VmState::Starting, 2, 0)), 10), None, "it may fail yet");
+        assert_eq!(judged(Some(&marked), Some(&vm(VmState::Failed, 2, 0)), 10), Some("fail"));
+        assert_eq!(judged(Some(&marked), Some(&vm(VmState::Running, 1, 0)), 10), Some("stay"));
+        assert_eq!(judged(Some(&marked), None, 10), Some("fail"));
+        // A request that was late on its way.
+        let stayed = lifecycle::stay(&marked).unwrap();
+        assert_eq!(judged(Some(&stayed), Some(&vm(VmState::Running, 2, 0)), 10), Some("finish_restore"));
+        // And one that came when all was over.
+        let buried = lifecycle::bury(&lifecycle::mark_deleting(&marked).unwrap(), at(1)).unwrap();
+        assert_eq!(judged(Some(&buried), Some(&vm(VmState::Running, 2, 0)), 10), Some("end_stray"));
+    }
+}
+
+#[test]
 fn creating_is_left_to_its_flow_and_undone_without_one() {
     let creating = record(SandboxState::Creating, 1);
     let kind = |is_live, second, is_alone| {
@@ -215,6 +233,10 @@ impl World {
                 write(&mut self.record, &|r| lifecycle::wake(r, &Default::default(), now));
             }
             Action::Doze => write(&mut self.record, &lifecycle::doze),
+            Action::FinishRestore { epoch } => {
+                write(&mut self.record, &|r| lifecycle::restore(r, epoch, &Default::default(), now));
+            }
+            Action::Stay => write(&mut self.record, &lifecycle::stay),
             Action::Spare => write(&mut self.record, &|r| lifecycle::spare(r, now)),
             Action::Bury => write(&mut self.record, &|r| lifecycle::bury(r, now)),
         }
@@ -257,8 +279,8 @@ fn worlds() -> impl Strategy<Value = World> {
         SandboxState::Failed,
         SandboxState::Deleted,
     ]);
-    let record = (states, 1..4_u64, any::<bool>(), any::<bool>(), 0..100_u64).prop_map(
-        |(state, epoch, deleting, is_marked, active)| {
+    let record = (states, 1..4_u64, any::<bool>(), 0..3, 0..100_u64).prop_map(
+        |(state, epoch, deleting, mark, active)| {
             let is_deleted = state == SandboxState::Deleted;
             let record = SandboxRecord {
                 deleting: deleting && !is_deleted,
@@ -267,7 +289,10 @@ fn worlds() -> impl Strategy<Value = World> {
                 ..record(state, epoch)
             };
             let marked = match state {
-                _ if !is_marked => None,
+                _ if mark == 0 => None,
+                SandboxState::Running | SandboxState::Hibernated if mark == 1 => {
+                    lifecycle::mark_restoring(&record, "cp-1").ok()
+                }
                 SandboxState::Running => lifecycle::mark_hibernating(&record).ok(),
                 SandboxState::Hibernated => lifecycle::mark_waking(&record).ok(),
                 _ => None,
@@ -281,7 +306,7 @@ fn worlds() -> impl Strategy<Value = World> {
         .prop_filter("no host holds what no record ever said", |(record, vm)| match (record, vm) {
             (Some(record), Some(vm)) => {
                 // Marking raised the epoch: what the host holds is older.
-                vm.epoch + u64::from(record.deleting) <= record.epoch
+                vm.epoch + u64::from(record.deleting) <= record.epoch.max(record.tried_epoch)
             }
             _ => true,
         })
