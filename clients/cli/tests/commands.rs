@@ -6,65 +6,14 @@ mod fake;
 
 use std::{
     io::Write as _,
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
 };
 
-use fake::{Fake, KEY};
+use fake::{
+    KEY,
+    shell::{Shell, text},
+};
 use serde_json::{Value, json};
-
-/// A mesh, and a home without a configuration.
-struct Shell {
-    mesh: Fake,
-    home: tempfile::TempDir,
-}
-
-impl Shell {
-    fn new() -> Self {
-        Self { mesh: Fake::start(), home: tempfile::tempdir().unwrap() }
-    }
-
-    fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_oc"));
-        command
-            .args(line.split_whitespace())
-            .env_clear()
-            .env("HOME", self.home.path())
-            .env("OC_STATE_DIR", self.home.path().join("state"))
-            .env("OC_API_URL", format!("http://{}/api", self.mesh.address))
-            .env("OC_API_KEY", KEY)
-            .current_dir(self.home.path())
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, line: &str) -> Output {
-        self.command(line).output().unwrap()
-    }
-
-    fn ok(&self, line: &str) -> String {
-        let output = self.run(line);
-        assert!(output.status.success(), "{line}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-
-    fn json(&self, line: &str) -> Value {
-        serde_json::from_str(&self.ok(&format!("{line} --json"))).unwrap()
-    }
-
-    /// Exit code and code of an error.
-    fn refused(&self, line: &str) -> (i32, String) {
-        let output = self.run(&format!("{line} --json"));
-        let error: Value = serde_json::from_slice(&output.stderr).unwrap_or_else(|_| {
-            panic!("{line}: no JSON on standard error: {:?}", text(&output.stderr));
-        });
-        assert!(!error["error"].as_str().unwrap().is_empty());
-        (output.status.code().unwrap(), error["code"].as_str().unwrap().to_owned())
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 #[test]
 fn a_sandbox_is_created_shown_listed_and_killed() {

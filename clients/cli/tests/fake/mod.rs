@@ -5,6 +5,7 @@
 pub mod exec;
 pub mod files;
 pub mod sandboxes;
+pub mod shell;
 
 use std::{
     net::SocketAddr,

@@ -1,0 +1,62 @@
+//! Commands as a shell runs them.
+
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+use super::{Fake, KEY};
+
+/// A mesh, and a home without a configuration.
+pub struct Shell {
+    pub mesh: Fake,
+    pub home: tempfile::TempDir,
+}
+
+impl Shell {
+    pub fn new() -> Self {
+        Self { mesh: Fake::start(), home: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn command(&self, line: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_oc"));
+        command
+            .args(line.split_whitespace())
+            .env_clear()
+            .env("HOME", self.home.path())
+            .env("OC_STATE_DIR", self.home.path().join("state"))
+            .env("OC_API_URL", format!("http://{}/api", self.mesh.address))
+            .env("OC_API_KEY", KEY)
+            .current_dir(self.home.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    pub fn ok(&self, line: &str) -> String {
+        let output = self.run(line);
+        assert!(output.status.success(), "{line}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    pub fn json(&self, line: &str) -> Value {
+        serde_json::from_str(&self.ok(&format!("{line} --json"))).unwrap()
+    }
+
+    /// Exit code and code of an error.
+    pub fn refused(&self, line: &str) -> (i32, String) {
+        let output = self.run(&format!("{line} --json"));
+        let error: Value = serde_json::from_slice(&output.stderr).unwrap_or_else(|_| {
+            panic!("{line}: no JSON on standard error: {:?}", text(&output.stderr));
+        });
+        assert!(!error["error"].as_str().unwrap().is_empty());
+        (output.status.code().unwrap(), error["code"].as_str().unwrap().to_owned())
+    }
+}
+
+/// What a command wrote.
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
