@@ -1,10 +1,15 @@
 //! Every command and flag of `oc`.
 
+pub mod checkpoints;
+
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::up::shim::RunService;
+use crate::{
+    arguments::checkpoints::{CheckpointCommand, ForkArguments},
+    up::shim::RunService,
+};
 
 /// Creates and uses microVM sandboxes, and runs a mesh that makes them.
 #[derive(Debug, Parser)]
@@ -73,6 +78,11 @@ pub enum Command {
     /// Create, look at and delete sandboxes
     #[command(subcommand)]
     Sandbox(SandboxCommand),
+    /// Take checkpoints of sandboxes, go back to them, and make sandboxes of them
+    #[command(subcommand, visible_alias = "cp")]
+    Checkpoint(CheckpointCommand),
+    /// Make new sandboxes of a sandbox as it is now, which goes on, or of a checkpoint
+    Fork(ForkArguments),
     /// Manage API keys (needs an administrator's key)
     #[command(subcommand)]
     Keys(KeysCommand),

@@ -1,9 +1,11 @@
 //! What each command does.
 
+pub mod checkpoints;
 pub mod configure;
 pub mod copy;
 pub mod exec;
 pub mod files;
+pub mod forks;
 pub mod keys;
 pub mod nodes;
 pub mod remote_path;
@@ -36,6 +38,8 @@ pub async fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
         Command::Get(one) => sandboxes::get(&connect(&global).await?, one.id, output).await?,
         Command::Kill(some) => sandboxes::kill(&connect(&global).await?, some.ids, output).await?,
         Command::Sandbox(command) => run_sandbox(&connect(&global).await?, command, output).await?,
+        Command::Checkpoint(command) => checkpoints::run(&connect(&global).await?, command, output).await?,
+        Command::Fork(arguments) => forks::fork(&connect(&global).await?, arguments, output).await?,
         Command::Exec(arguments) => return exec::run(&connect(&global).await?, arguments, output).await,
         Command::Files(command) => files::run(&global, command, output).await?,
         Command::Keys(command) => keys::run(&connect(&global).await?, command, output).await?,

@@ -3,9 +3,9 @@
 use std::{fmt, time::Duration};
 
 use oc_proto::v1::{
-    exec_service_client::ExecServiceClient, file_service_client::FileServiceClient,
-    key_service_client::KeyServiceClient, node_service_client::NodeServiceClient,
-    sandbox_service_client::SandboxServiceClient,
+    checkpoint_service_client::CheckpointServiceClient, exec_service_client::ExecServiceClient,
+    file_service_client::FileServiceClient, key_service_client::KeyServiceClient,
+    node_service_client::NodeServiceClient, sandbox_service_client::SandboxServiceClient,
 };
 use tonic::{
     Request, Status,
@@ -75,6 +75,11 @@ impl Connection {
     /// Sandboxes.
     pub fn sandboxes(&self) -> SandboxServiceClient<Authenticated> {
         SandboxServiceClient::new(self.authenticated()).max_decoding_message_size(MESSAGE_BYTES)
+    }
+
+    /// Checkpoints, and what is made of them.
+    pub fn checkpoints(&self) -> CheckpointServiceClient<Authenticated> {
+        CheckpointServiceClient::new(self.authenticated()).max_decoding_message_size(MESSAGE_BYTES)
     }
 
     /// Commands.

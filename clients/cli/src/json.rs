@@ -32,7 +32,18 @@ macro_rules! shown {
         }
     )*};
 }
-shown!(CreateKeyResponse, FileInfo, HibernateSandboxResponse, Key, Node, RunResponse, Sandbox);
+shown!(
+    Checkpoint,
+    CreateKeyResponse,
+    FileInfo,
+    ForkCheckpointResponse,
+    ForkSandboxResponse,
+    HibernateSandboxResponse,
+    Key,
+    Node,
+    RunResponse,
+    Sandbox,
+);
 
 /// The message as REST shows it.
 #[expect(clippy::expect_used, reason = "both sides are compiled from the same descriptors")]

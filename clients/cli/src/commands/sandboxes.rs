@@ -21,7 +21,7 @@ use crate::{
 /// A cold boot on a slow, busy host takes this long; from the pool it is milliseconds.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(180);
 /// Memory is written and read at the disk's pace.
-const STORE_TIMEOUT: Duration = Duration::from_secs(180);
+pub const STORE_TIMEOUT: Duration = Duration::from_secs(180);
 /// As many as the service gives at once.
 const PAGE: i32 = 1000;
 const KILLS_AT_ONCE: usize = 16;
@@ -132,11 +132,13 @@ pub async fn all(connection: &Connection) -> Result<Vec<Sandbox>, Failure> {
     }
 }
 
-fn show(sandbox: &Sandbox, output: Output) -> Result<(), Failure> {
+/// One sandbox, with all there is to say about it.
+pub fn show(sandbox: &Sandbox, output: Output) -> Result<(), Failure> {
     output.show(|| json::of(sandbox), || details(sandbox))
 }
 
-fn table(sandboxes: &[Sandbox], now: Timestamp) -> String {
+/// Sandboxes, a line each.
+pub fn table(sandboxes: &[Sandbox], now: Timestamp) -> String {
     let rows = sandboxes.iter().map(|sandbox| {
         [
             sandbox.sandbox_id.clone(),
@@ -171,6 +173,8 @@ fn details(sandbox: &Sandbox) -> String {
             sandbox.end_at.map(|at| time(at.seconds)).unwrap_or_default(),
         ),
         ("start", sandbox.start_path.clone()),
+        ("from checkpoint", sandbox.from_checkpoint_id.clone()),
+        ("forked from", sandbox.forked_from.clone()),
         ("host", sandbox.worker_id.clone()),
         ("region", sandbox.region.clone()),
         ("accelerator", sandbox.accelerator.clone()),

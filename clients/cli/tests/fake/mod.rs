@@ -2,6 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "shared by several tests, none of which uses all")]
 
+pub mod checkpoints;
 pub mod exec;
 pub mod files;
 pub mod sandboxes;
@@ -13,9 +14,9 @@ use std::{
 };
 
 use oc_proto::v1::{
-    exec_service_server::ExecServiceServer, file_service_server::FileServiceServer,
-    key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
-    sandbox_service_server::SandboxServiceServer,
+    checkpoint_service_server::CheckpointServiceServer, exec_service_server::ExecServiceServer,
+    file_service_server::FileServiceServer, key_service_server::KeyServiceServer,
+    node_service_server::NodeServiceServer, sandbox_service_server::SandboxServiceServer,
 };
 use tokio::{net::TcpListener, sync::oneshot};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -47,6 +48,10 @@ pub async fn serve(listener: TcpListener, key: Option<String>, state: Arc<Mutex<
     ))
     .add_service(KeyServiceServer::with_interceptor(sandboxes::Sandboxes(Arc::clone(&state)), check.clone()))
     .add_service(NodeServiceServer::with_interceptor(sandboxes::Sandboxes(Arc::clone(&state)), check.clone()))
+    .add_service(CheckpointServiceServer::with_interceptor(
+        checkpoints::Checkpoints(Arc::clone(&state)),
+        check.clone(),
+    ))
     .add_service(ExecServiceServer::with_interceptor(exec::Exec, check.clone()))
     .add_service(FileServiceServer::with_interceptor(files::Files(state), check))
     .into_axum_router()

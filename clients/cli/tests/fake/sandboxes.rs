@@ -6,8 +6,9 @@ use std::{
 };
 
 use oc_proto::v1::{
-    ClearNodeRequest, ClearNodeResponse, CreateKeyRequest, CreateKeyResponse, CreateSandboxRequest,
-    CreateSandboxResponse, DeleteKeyRequest, DeleteKeyResponse, DeleteSandboxRequest, DeleteSandboxResponse,
+    Checkpoint, ClearNodeRequest, ClearNodeResponse, CreateCheckpointRequest, CreateKeyRequest,
+    CreateKeyResponse, CreateSandboxRequest, CreateSandboxResponse, DeleteKeyRequest, DeleteKeyResponse,
+    DeleteSandboxRequest, DeleteSandboxResponse, ForkCheckpointRequest, ForkSandboxRequest,
     GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse, Key,
     ListKeysRequest, ListKeysResponse, ListNodesRequest, ListNodesResponse, ListSandboxesRequest,
     ListSandboxesResponse, Node, RefreshTokenRequest, RefreshTokenResponse, Sandbox, SandboxState,
@@ -23,6 +24,11 @@ use super::{files::Entry, refused};
 pub struct State {
     pub sandboxes: BTreeMap<String, Sandbox>,
     pub created: Vec<CreateSandboxRequest>,
+    pub checkpoints: Vec<Checkpoint>,
+    /// Requests for checkpoints, for forks of checkpoints and for forks of sandboxes.
+    pub taken: Vec<CreateCheckpointRequest>,
+    pub forked_checkpoints: Vec<ForkCheckpointRequest>,
+    pub forked_sandboxes: Vec<ForkSandboxRequest>,
     pub keys: Vec<Key>,
     pub files: BTreeMap<String, Entry>,
     /// How often hosts were listed: the pool fills meanwhile.
