@@ -35,6 +35,19 @@ async def main():
     await sandbox.hibernate()
     await sandbox.wake(timeout=60)
     assert await sandbox.is_running()
+    await sandbox.files.write("state", "one")
+    taken = await sandbox.create_checkpoint("one")
+    assert taken["status"] == "ready", taken
+    await sandbox.files.write("state", "two")
+    assert [one["name"] for one in await sandbox.list_checkpoints()] == ["one"]
+    fork = await Sandbox.create_from_checkpoint(taken["id"], timeout=60, envs={"A": "c"})
+    assert (await fork.exec.run("cat state; echo $A")).stdout == "onec\n"
+    await fork.kill()
+    await sandbox.restore_checkpoint(taken["id"])
+    assert (await sandbox.exec.run("cat state")).stdout == "one"
+    await sandbox.delete_checkpoint(taken["id"])
+    await sandbox.delete_checkpoint(taken["id"])
+    assert await sandbox.list_checkpoints() == []
     await sandbox.kill()
     print("done", sandbox.sandbox_id)
 
@@ -87,6 +100,23 @@ pub async fn oc_does_the_main_job(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     assert!(oc(&["sandbox", "wake", id])?.contains("memory"));
     oc(&["sandbox", "hibernate", id])?;
     assert_eq!(oc(&["exec", id, "--wait", "--", "echo $A"])?, "b\n");
+    let taken = json(oc(&["checkpoint", "create", id, "--name", "here", "--json"])?)?;
+    let checkpoint = taken["id"].as_str().unwrap();
+    oc(&["exec", id, "--wait", "--", "touch later"])?;
+    assert!(oc(&["cp", "list", id, "--tree"])?.contains("here"));
+    assert!(oc(&["cp", "fsck", checkpoint])?.contains("ok"));
+    oc(&["checkpoint", "restore", id, checkpoint])?;
+    assert_eq!(oc(&["exec", id, "--wait", "--", "ls later 2>/dev/null; echo back"])?, "back\n");
+    let forks = json(oc(&["fork", id, "--count", "2", "--live", "--json"])?)?;
+    let spawned = json(oc(&["cp", "spawn", checkpoint, "--env", "A=c", "--json"])?)?;
+    let made = [&forks["sandboxes"][0], &forks["sandboxes"][1], &spawned["sandboxes"][0]];
+    let made = made.map(|one| one["sandboxID"].as_str().unwrap());
+    assert_eq!(
+        made.map(|fork| oc(&["exec", fork, "--wait", "--", "echo $A"]).unwrap()),
+        ["b\n", "b\n", "c\n"]
+    );
+    oc(&["cp", "delete", checkpoint])?;
+    oc(&[["kill"].as_slice(), &made].concat())?;
     oc(&["kill", id])?;
     let gone = mesh.oc().args(["exec", id, "--json", "--wait", "--", "true"]).output()?;
     assert!(!gone.status.success());

@@ -162,7 +162,7 @@ pub async fn a_call_under_way_is_told_that_its_sandbox_sleeps(mesh: Arc<Mesh>) -
 pub async fn damaged_memory_leads_to_a_boot_from_the_disk(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     let rest = mesh.rest();
     let sandbox = rest.create(json!({ "envs": { "A": "kept" } })).await?;
-    for part in ["pages.bin", "state.bin", "manifest.json"] {
+    for part in ["pages.bin", "state.bin", "manifest.json", "memory.digests"] {
         // Not synced: what is stored holds it all the same.
         sandbox.run(&format!("echo {part} > on-disk; echo {part} > /dev/shm/in-memory")).await?;
         hibernate(&rest, &sandbox).await?;
@@ -182,8 +182,14 @@ pub async fn damaged_memory_leads_to_a_boot_from_the_disk(mesh: Arc<Mesh>) -> an
     sandbox.delete().await
 }
 
+/// How often writers are interrupted.
+pub fn rounds() -> anyhow::Result<usize> {
+    let asked = std::env::var("OC_TORTURE_ROUNDS").ok();
+    Ok(asked.map(|text| text.parse()).transpose()?.unwrap_or(ROUNDS))
+}
+
 /// Writes to a database, a repository and a log as fast as it can, and says of the log how far it is on disk.
-const WRITERS: &str = r#"
+pub const WRITERS: &str = r#"
 mkdir -p repository && cd repository && git init -q . && git config user.email a@b && git config user.name a && cd ..
 cat > database.py <<'END'
 import sqlite3
@@ -213,7 +219,7 @@ for job in 'python3 database.py' 'python3 log.py' 'sh commits.sh'; do setsid $jo
 "#;
 
 /// What each writer has done; fails if anything of it is not whole.
-const VERIFY: &str = r#"
+pub const VERIFY: &str = r#"
 cat errors.*; pgrep -f 'database.py|log.py|commits.sh' | wc -l
 cat > verify.py <<'END'
 import hashlib, sqlite3
@@ -235,10 +241,8 @@ pub async fn writers_lose_nothing_however_often_their_sandbox_sleeps(mesh: Arc<M
     let rest = mesh.rest();
     let sandbox = rest.create(json!({})).await?;
     sandbox.run(WRITERS).await?;
-    let asked = std::env::var("OC_TORTURE_ROUNDS").ok();
-    let rounds = asked.map(|text| text.parse()).transpose()?.unwrap_or(ROUNDS);
     let mut before = Vec::new();
-    for round in 0..rounds {
+    for round in 0..rounds()? {
         tokio::time::sleep(std::time::Duration::from_millis(700)).await;
         hibernate(&rest, &sandbox).await?;
         let mut check = Command::new("e2fsck");

@@ -1,6 +1,7 @@
 //! What one mesh does for its users, by every way in, on real microVMs.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
+mod checkpoints;
 mod clients;
 mod clones;
 mod commands;
@@ -48,6 +49,15 @@ fn main() -> ExitCode {
             a_call_under_way_is_told_that_its_sandbox_sleeps,
             damaged_memory_leads_to_a_boot_from_the_disk,
             writers_lose_nothing_however_often_their_sandbox_sleeps;
+        checkpoints:
+            a_checkpoint_is_gone_back_to_and_branched_from,
+            a_running_sandbox_branches_while_it_goes_on,
+            forks_share_what_none_of_them_changed,
+            bad_checkpoints_and_forks_are_refused,
+            there_is_an_end_to_checkpoints,
+            a_damaged_checkpoint_is_told_and_never_served,
+            a_checkpoint_that_is_deleted_disturbs_no_fork,
+            writers_lose_nothing_however_their_sandbox_branches;
         refusals:
             bad_creates_are_refused,
             bad_commands_are_refused,
