@@ -7,16 +7,21 @@ BIN := $(CARGO_TARGET_DIR)/release
 PYTHON_TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/opencomputer/tools/python/bin
 BUF := $(PYTHON_TOOLS)/buf
 
-.PHONY: help demo test up down bench build lint setup setup-test clean
+ROUNDS ?= 100
+
+.PHONY: help demo test torture up down bench build lint setup setup-test clean
 
 help: ## shows this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build ## sets up, builds, starts everything, uses one sandbox, cleans up
 	tools/demo $(BIN)
 
 test: setup-test build ## sets up, builds, runs every test
 	cargo test --release --workspace --locked --no-fail-fast
+
+torture: setup-test build ## the tests of writers that are interrupted, ROUNDS times (100)
+	OC_TORTURE_ROUNDS=$(ROUNDS) cargo test --release --locked -p oc-integration --test functional -- writers_lose_nothing
 
 bench: setup-test build ## prints the tables of the README, measured here and now
 	@cargo run --quiet --release --locked -p oc-integration --bin oc-bench

@@ -1,6 +1,7 @@
 //! What becomes of sandboxes when something dies, at the worst moment, or fills up. Each test has a mesh of its own.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
+mod branches;
 mod chaos;
 mod disk;
 mod etcd;
@@ -20,6 +21,8 @@ fn main() -> ExitCode {
             a_call_that_is_cut_off_says_so;
         sleepers:
             a_sandbox_sleeps_or_runs_whoever_dies;
+        branches:
+            a_sandbox_is_as_before_or_as_after_whoever_dies;
         chaos:
             a_hundred_creates_among_kills_leave_only_what_works;
         disk:

@@ -18,9 +18,6 @@ use oc_integration::{
 use reqwest::Method;
 use serde_json::{Value, json};
 
-/// How often the writers' sandbox sleeps and wakes here; `OC_TORTURE_ROUNDS` asks for more.
-const ROUNDS: usize = 4;
-
 /// A process that holds a deleted file open and something in its memory only, and says once in a while how far it is.
 const WITNESS: &str = "\
 import os, time
@@ -182,14 +179,43 @@ pub async fn damaged_memory_leads_to_a_boot_from_the_disk(mesh: Arc<Mesh>) -> an
     sandbox.delete().await
 }
 
-/// How often writers are interrupted.
-pub fn rounds() -> anyhow::Result<usize> {
+/// How often writers are interrupted: a few times here, and as often as `OC_TORTURE_ROUNDS` asks for (`make torture`).
+pub fn rounds(few: usize) -> anyhow::Result<usize> {
     let asked = std::env::var("OC_TORTURE_ROUNDS").ok();
-    Ok(asked.map(|text| text.parse()).transpose()?.unwrap_or(ROUNDS))
+    Ok(asked.map(|text| text.parse()).transpose()?.unwrap_or(few))
+}
+
+/// Starts the writers, and waits until each has written something.
+pub async fn start_writers(sandbox: &Sandbox) -> anyhow::Result<()> {
+    sandbox.run(WRITERS).await?;
+    eventually("all of them write", async || {
+        let written = verify_writers(sandbox).await?;
+        ensure!(written[1..].iter().all(|count| *count > 0), "{written:?}");
+        Ok(())
+    })
+    .await
+}
+
+/// How many processes there are of them, and how far each has come; fails if anything is not whole.
+pub async fn verify_writers(sandbox: &Sandbox) -> anyhow::Result<Vec<u64>> {
+    let verified = sandbox.run_with(json!({ "cmd": VERIFY, "timeout": 300 })).await?;
+    let said = format!("{}{}", verified.stdout, verified.stderr);
+    ensure!(verified.code == 0, "{said}");
+    let counts: Result<Vec<u64>, _> = verified.stdout.split_whitespace().map(str::parse).collect();
+    let counts = counts.with_context(|| said.clone())?;
+    ensure!(counts.len() == 4, "{said}");
+    Ok(counts)
+}
+
+/// Sees that a disk that nobody writes to is clean.
+pub fn check_disk(layer: &Path) -> anyhow::Result<()> {
+    let mut check = Command::new("e2fsck");
+    check.args(["-n", "-f"]).arg(layer);
+    succeeded(check).map(drop)
 }
 
 /// Writes to a database, a repository and a log as fast as it can, and says of the log how far it is on disk.
-pub const WRITERS: &str = r#"
+const WRITERS: &str = r#"
 mkdir -p repository && cd repository && git init -q . && git config user.email a@b && git config user.name a && cd ..
 cat > database.py <<'END'
 import sqlite3
@@ -219,7 +245,7 @@ for job in 'python3 database.py' 'python3 log.py' 'sh commits.sh'; do setsid $jo
 "#;
 
 /// What each writer has done; fails if anything of it is not whole.
-pub const VERIFY: &str = r#"
+const VERIFY: &str = r#"
 cat errors.*; pgrep -f 'database.py|log.py|commits.sh' | wc -l
 cat > verify.py <<'END'
 import hashlib, sqlite3
@@ -240,25 +266,17 @@ python3 verify.py && flock lock git -C repository fsck --strict --no-progress --
 pub async fn writers_lose_nothing_however_often_their_sandbox_sleeps(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     let rest = mesh.rest();
     let sandbox = rest.create(json!({})).await?;
-    sandbox.run(WRITERS).await?;
+    start_writers(&sandbox).await?;
     let mut before = Vec::new();
-    for round in 0..rounds()? {
+    for round in 0..rounds(3)? {
         tokio::time::sleep(std::time::Duration::from_millis(700)).await;
         hibernate(&rest, &sandbox).await?;
-        let mut check = Command::new("e2fsck");
-        check.args(["-n", "-f"]).arg(home_of_stored(&mesh, &sandbox)?.join("layer.img"));
-        succeeded(check).with_context(|| format!("the stored disk of round {round}"))?;
+        let layer = home_of_stored(&mesh, &sandbox)?.join("layer.img");
+        check_disk(&layer).with_context(|| format!("the stored disk of round {round}"))?;
         assert_eq!(wake(&rest, &sandbox).await?["startPath"], "memory", "round {round}");
-        let verified = sandbox.run_with(json!({ "cmd": VERIFY, "timeout": 300 })).await?;
-        assert_eq!(verified.code, 0, "round {round}: {}{}", verified.stdout, verified.stderr);
-        let counts: Vec<u64> =
-            verified
-                .stdout
-                .split_whitespace()
-                .map(str::parse)
-                .collect::<Result<_, _>>()
-                .with_context(|| format!("round {round}: {}{}", verified.stdout, verified.stderr))?;
-        assert!(counts.len() == 4 && counts[0] >= 3, "round {round}: the writers write: {counts:?}");
+        let counts = verify_writers(&sandbox).await.with_context(|| format!("round {round}"))?;
+        // The three of them, and who looks for them.
+        assert!(counts[0] >= 4, "round {round}: the writers write: {counts:?}");
         assert!(before.iter().zip(&counts[1..]).all(|(before, now)| before < now), "{before:?} {counts:?}");
         before = counts[1..].to_vec();
     }

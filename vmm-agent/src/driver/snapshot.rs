@@ -315,12 +315,12 @@ fn missing_is_damage<T>(opened: io::Result<T>) -> io::Result<T> {
 fn verify(path: &Path, expected: Option<&str>, verified: &Verified) -> io::Result<u64> {
     let Some(expected) = expected else { return Ok(0) };
     let file = missing_is_damage(File::open(path))?.into_file();
-    if verified.knows(&file)? {
-        return Ok(0);
-    }
     let digests = missing_is_damage(Digests::open(&digests_of(path)))?;
     if digests.root() != expected {
         return Err(damaged(format!("{} has digests of another", path.display())));
+    }
+    if verified.knows(&file)? {
+        return Ok(0);
     }
     digests.verify(&file)?;
     verified.note(&file)?;
