@@ -3,11 +3,13 @@
 //! restored as clones that copy memory on write and have each a disk of their own (copied before the clock starts).
 //!
 //! - [`machine`]: one QEMU command line, its monitor, and a socket.
+//! - [`fork`]: a second guest of one that goes on.
 #![expect(
     clippy::disallowed_methods,
     reason = "it has a thread of its own, with no runtime between it and QEMU"
 )]
 
+pub mod fork;
 mod machine;
 
 use std::{
@@ -22,7 +24,10 @@ use anyhow::{Context as _, ensure};
 use oc_integration::{mesh::succeeded, prepared, processes};
 use serde_json::json;
 
-use self::machine::{Beginning, Machine, echo};
+use self::{
+    fork::Fork,
+    machine::{Beginning, Machine, echo},
+};
 use crate::table::{median, ms_since};
 
 const CLONES: usize = 8;
@@ -34,10 +39,12 @@ const ATTEMPTS: usize = 3;
 const PAGE: u64 = 4096;
 const IN_LAST_PAGE: u64 = 4;
 
-/// The guest's one process: says that it is there, and echoes; asked for `BULK`, it sends as fast as it can.
+/// The guest's one process: says that it is there, and echoes; asked for `BULK`, it sends as fast as it can, and for
+/// `DIRTY`, it fills the same memory with something new each time.
 const ECHO: &str = r#"
 import os, time
 port = os.open("/dev/" + [name for name in os.listdir("/dev") if name.startswith("vport")][0], os.O_RDWR)
+kept = bytearray(64 << 20)
 os.write(1, b"READY\n")
 while True:
     data = os.read(port, 1 << 16)
@@ -47,6 +54,10 @@ while True:
         left = 32 << 20
         while left > 0:
             left -= os.write(port, bytes(min(left, 1 << 15)))
+    elif data == b"DIRTY":
+        for piece in range(len(kept) >> 20):
+            kept[piece << 20:piece + 1 << 20] = os.urandom(1 << 20)
+        os.write(port, b"DONE")
     else:
         os.write(port, data)
 "#;
@@ -64,6 +75,8 @@ pub struct Floor {
     pub guest_to_host_mib_s: f64,
     /// Proportional memory of an idle clone.
     pub clone_pss_mib: f64,
+    /// Forks of a clone.
+    pub fork: Fork,
 }
 
 /// Measures.
@@ -134,12 +147,14 @@ pub fn measure() -> anyhow::Result<Floor> {
             processes::memory_kib(pid, "smaps_rollup", "Pss").map(crate::memory::mib)
         })
         .collect();
+    drop(clones);
     Ok(Floor {
         version,
         cold_boot_ms: median(&boots),
         first_answer_ms: median(&answers),
         guest_to_host_mib_s,
         clone_pss_mib: median(&pss),
+        fork: fork::measure(here, &image, &golden_disk, &memory, &state).context("forks")?,
     })
 }
 

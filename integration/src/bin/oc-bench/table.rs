@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::floor::Floor;
+use crate::floor::{Floor, fork::CHANGED_MIB};
 
 /// What was measured so far.
 #[derive(Debug)]
@@ -53,6 +53,11 @@ impl Table {
             Target::None,
         );
         table.row("floor: memory of an idle clone (Pss)", floor.clone_pss_mib, "MiB", Target::None);
+        table.row("floor: live fork at rest, pause", floor.fork.pause_ms, "ms", Target::None);
+        let changed = format!("floor: live fork with {CHANGED_MIB} MiB changed, pause");
+        table.row(&changed, floor.fork.pause_changed_ms, "ms", Target::None);
+        let answer = "floor: start of a live fork's child to its first answer";
+        table.row(answer, floor.fork.first_answer_ms, "ms", Target::None);
         table
     }
 
@@ -93,7 +98,8 @@ impl fmt::Display for Table {
     }
 }
 
-fn number(value: f64) -> String {
+/// A figure, as long as it tells something.
+pub fn number(value: f64) -> String {
     if value.fract() == 0.0 || value >= 100.0 { format!("{value:.0}") } else { format!("{value:.1}") }
 }
 

@@ -41,6 +41,8 @@ pub enum Beginning<'a> {
     Boot { memory: &'a Path },
     /// It goes on where the state's guest was. What it writes to memory is its own.
     Restore { memory: &'a Path, state: &'a Path },
+    /// As [`Beginning::Restore`], of a state that is one of devices alone.
+    Fork { memory: &'a Path, state: &'a Path },
 }
 
 /// A QEMU that runs; killed when dropped.
@@ -65,7 +67,7 @@ impl Machine<'_> {
         let begun = Instant::now();
         let (memory, share) = match self.beginning {
             Beginning::Boot { memory } => (memory.display(), "on"),
-            Beginning::Restore { memory, .. } => (memory.display(), "off"),
+            Beginning::Restore { memory, .. } | Beginning::Fork { memory, .. } => (memory.display(), "off"),
         };
         let mut command = Command::new("qemu-system-x86_64");
         command
@@ -99,6 +101,10 @@ impl Machine<'_> {
         if !matches!(self.beginning, Beginning::Boot { .. }) {
             command.args(["-incoming", "defer"]);
         }
+        if matches!(self.beginning, Beginning::Fork { .. }) {
+            // The state of devices alone neither begins nor ends with a description of the machine.
+            command.args(["-global", "migration.send-configuration=off", "-machine", "suppress-vmdesc=on"]);
+        }
         let process = command.spawn().context("qemu-system-x86_64")?;
         let monitor = match connect(&prefix, "monitor") {
             Ok(stream) => BufReader::new(stream),
@@ -120,7 +126,7 @@ impl Machine<'_> {
     /// Starts it, until its guest runs.
     pub fn start(&self) -> anyhow::Result<Vm> {
         let mut vm = self.launch()?;
-        if let Beginning::Restore { state, .. } = self.beginning {
+        if let Beginning::Restore { state, .. } | Beginning::Fork { state, .. } = self.beginning {
             vm.call("migrate-incoming", json!({ "uri": format!("file:{}", state.display()) }))?;
             vm.migrated()?;
             vm.call("cont", json!({}))?;
