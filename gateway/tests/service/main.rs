@@ -4,6 +4,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod agent;
+mod checkpoints;
 mod client;
 mod mesh;
 mod scheduler;

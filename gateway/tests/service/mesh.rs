@@ -19,9 +19,10 @@ use oc_mesh::{
     token::TokenSigner,
 };
 use oc_proto::{
-    mesh::{HostRecord, KeyRecord, SandboxRecord, SchedulerRecord},
+    mesh::{HostRecord, KeyRecord, SandboxRecord, SandboxTransition, SchedulerRecord},
     v1::{
-        SandboxState, exec_service_server::ExecServiceServer, file_service_server::FileServiceServer,
+        SandboxState, checkpoint_service_server::CheckpointServiceServer,
+        exec_service_server::ExecServiceServer, file_service_server::FileServiceServer,
         key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
         sandbox_service_server::SandboxServiceServer,
     },
@@ -49,6 +50,8 @@ pub const CREATING: &str = "sb-00000000000000000005";
 pub const STRANDED: &str = "sb-00000000000000000006";
 /// `ours`, hibernated.
 pub const HIBERNATED: &str = "sb-00000000000000000007";
+/// `ours`, being put back to a checkpoint.
+pub const RESTORING: &str = "sb-00000000000000000008";
 
 pub struct Mesh {
     pub address: SocketAddr,
@@ -85,6 +88,7 @@ impl Mesh {
         serve(&mut tasks, &stop, &directory.path().join("agent.sock"), routes);
         let scheduler = FakeScheduler::default();
         let routes = Routes::new(SandboxServiceServer::new(scheduler.clone()))
+            .add_service(CheckpointServiceServer::new(scheduler.clone()))
             .add_service(KeyServiceServer::new(scheduler.clone()))
             .add_service(NodeServiceServer::new(scheduler.clone()));
         serve(&mut tasks, &stop, &directory.path().join("scheduler.sock"), routes);
@@ -110,6 +114,11 @@ impl Mesh {
         ] {
             put(&store, &keys::sandbox(id), &sandbox_record(id, tenant, state, host)).await;
         }
+        let restoring = SandboxRecord {
+            transition: SandboxTransition::Restoring.into(),
+            ..sandbox_record(RESTORING, "ours", SandboxState::Running, "host-a")
+        };
+        put(&store, &keys::sandbox(RESTORING), &restoring).await;
         let admin = put_key(&store, "ours", true).await;
         let key = put_key(&store, "ours", false).await;
         let foreign_key = put_key(&store, "theirs", false).await;

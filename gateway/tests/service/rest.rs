@@ -5,7 +5,7 @@ use oc_gateway::{rest::route::Routes, surface::Surface};
 use serde_json::json;
 
 use crate::mesh::{
-    CREATING, DELETED, FAILED, FOREIGN, HIBERNATED, Mesh, SANDBOX, STRANDED, put, sandbox_record,
+    CREATING, DELETED, FAILED, FOREIGN, HIBERNATED, Mesh, RESTORING, SANDBOX, STRANDED, put, sandbox_record,
 };
 
 #[tokio::test]
@@ -15,6 +15,7 @@ async fn every_route_reaches_its_rpc() {
         mesh.scheduler.0.lock().clear();
         mesh.agent.0.calls.lock().clear();
         let path = route.template.replace("{sandbox_id}", SANDBOX).replace("{key_id}", "0123456789abcdef");
+        let path = path.replace("{checkpoint_id}", crate::checkpoints::CHECKPOINT);
         let headers = [("x-api-key", mesh.admin.as_str())];
         let query = if path.ends_with("/files") { "?path=/zeros/3" } else { "?path=/x" };
         let answer = mesh.send(route.method.clone(), &format!("{path}{query}"), &headers, "").await;
@@ -166,6 +167,7 @@ async fn a_sandbox_that_cannot_be_used_says_why() {
         (DELETED, (410, "SANDBOX_DELETED")),
         (FAILED, (410, "SANDBOX_FAILED")),
         (CREATING, (503, "SANDBOX_NOT_READY")),
+        (RESTORING, (503, "SANDBOX_NOT_READY")),
         (STRANDED, (503, "HOST_UNAVAILABLE")),
     ] {
         let answer = mesh.call(Method::POST, &format!("/api/sandboxes/{sandbox}/exec/run"), "{}").await;

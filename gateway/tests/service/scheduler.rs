@@ -14,17 +14,17 @@ use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
 #[derive(Debug, Clone, Default)]
-pub struct FakeScheduler(pub Arc<Mutex<Vec<(&'static str, Caller)>>>);
+pub struct FakeScheduler(pub Arc<Mutex<Vec<(&'static str, Caller)>>>, pub crate::checkpoints::Asked);
 
 impl FakeScheduler {
-    fn note<T>(&self, rpc: &'static str, request: &Request<T>) -> Caller {
+    pub fn note<T>(&self, rpc: &'static str, request: &Request<T>) -> Caller {
         let caller = Caller::from_headers(&request.metadata().clone().into_headers()).unwrap();
         self.0.lock().push((rpc, caller.clone()));
         caller
     }
 }
 
-fn sandbox(id: &str, caller: &Caller) -> Option<Sandbox> {
+pub fn sandbox(id: &str, caller: &Caller) -> Option<Sandbox> {
     Some(Sandbox {
         sandbox_id: id.to_owned(),
         state: SandboxState::Running.into(),
