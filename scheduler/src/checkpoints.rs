@@ -11,8 +11,8 @@
 //! wants. A checkpoint outlives its sandbox.
 //!
 //! The tree: a record names the checkpoint that its sandbox went on from last. When one is deleted, its children and the
-//! sandboxes that went on from it are given to its parent before it goes. One that is taken at that very moment becomes
-//! a root.
+//! sandboxes that went on from it are given to its parent before it goes. One that is taken at that very moment is shown
+//! as a root.
 
 use std::sync::Arc;
 
@@ -66,12 +66,23 @@ impl Checkpoints {
         Ok(Self { sandboxes, book: Book::new(store), records })
     }
 
-    /// One checkpoint of a tenant, of `sandbox_id` if that is not empty.
+    /// One checkpoint of a tenant, of `sandbox_id` if that is not empty, that is not being deleted.
     ///
     /// # Errors
     ///
     /// [`Refusal::CheckpointNotFound`], for another tenant's too.
     pub async fn get(
+        &self,
+        tenant: &str,
+        checkpoint_id: &str,
+        sandbox_id: &str,
+    ) -> Result<CheckpointRecord, Refusal> {
+        let found = self.find(tenant, checkpoint_id, sandbox_id).await?;
+        if found.deleting { Err(Refusal::CheckpointNotFound) } else { Ok(found) }
+    }
+
+    /// As [`get`](Self::get), one that is being deleted included.
+    async fn find(
         &self,
         tenant: &str,
         checkpoint_id: &str,
@@ -105,6 +116,35 @@ impl Checkpoints {
         records
     }
 
+    /// A checkpoint as its users see it. Its parent is the nearest one before it that they see, too: one whose own is
+    /// gone before that one's children were given away is shown as a root.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    pub async fn present(&self, record: &CheckpointRecord) -> Result<Checkpoint, Refusal> {
+        let mut checkpoint = shown(record);
+        while !checkpoint.parent_id.is_empty() {
+            let parent = match self.records.get(&checkpoint.parent_id) {
+                Some(parent) => parent,
+                // Our copy may lag behind.
+                None => match self.book.read(&checkpoint.parent_id).await? {
+                    Some((parent, _)) => Arc::new(parent),
+                    None => {
+                        checkpoint.parent_id.clear();
+                        break;
+                    }
+                },
+            };
+            if !parent.deleting {
+                break;
+            }
+            // Each is older than its child: this ends.
+            checkpoint.parent_id = shown(&parent).parent_id;
+        }
+        Ok(checkpoint)
+    }
+
     /// Deletes a tenant's checkpoint.
     ///
     /// May be given up on: it is deleted all the same.
@@ -113,7 +153,7 @@ impl Checkpoints {
     ///
     /// [`Refusal::CheckpointNotFound`]; failures of the store before the mark.
     pub async fn delete(&self, tenant: &str, checkpoint_id: &str, sandbox_id: &str) -> Result<(), Refusal> {
-        self.get(tenant, checkpoint_id, sandbox_id).await?;
+        self.find(tenant, checkpoint_id, sandbox_id).await?;
         let (this, id) = (self.clone(), checkpoint_id.to_owned());
         let flow = async move { this.end(&id).await };
         self.sandboxes.flows.run(flow, async |_| ()).await.unwrap_or(Err(Refusal::Stopping))
@@ -140,13 +180,14 @@ impl Checkpoints {
             Err(error) => return Err(error.into()),
         }
         self.hand_over(id, &checkpoint.parent_id).await?;
-        self.book.remove(id).await?;
+        self.book.remove_if(id, |record| record.deleting).await?;
         tracing::info!(checkpoint_id = id, "checkpoint deleted");
         Ok(())
     }
 
     /// Gives the children of a checkpoint that goes to its parent.
     async fn hand_over(&self, checkpoint_id: &str, parent_id: &str) -> Result<(), Refusal> {
+        self.book.caught_up(&self.records).await;
         for (child, record) in self.records.all() {
             if shown(&record).parent_id == checkpoint_id {
                 let adopt = |record: &CheckpointRecord| {
@@ -162,13 +203,9 @@ impl Checkpoints {
         for (sandbox_id, record) in self.sandboxes.records.all() {
             if record.checkpoint_id == checkpoint_id {
                 // One that is over follows nothing.
-                let _ = self
-                    .sandboxes
-                    .ledger
-                    .update(&sandbox_id, |record| match record.checkpoint_id == checkpoint_id {
-                        true => lifecycle::follow(record, parent_id),
-                        false => Ok(record.clone()),
-                    })
+                let ledger = &self.sandboxes.ledger;
+                let _ = ledger
+                    .update(&sandbox_id, |record| lifecycle::follow(record, checkpoint_id, parent_id))
                     .await;
             }
         }
@@ -205,6 +242,7 @@ impl Checkpoints {
         if checkpoint.worker_id != found.host_id {
             return Err(AgentError::NotMember(checkpoint.worker_id).into());
         }
+        self.member(&checkpoint.worker_id)?;
         let source = source_of(&checkpoint, false);
         let (this, id) = (self.sandboxes.clone(), found.sandbox_id);
         let flow = async move { this.restore(&id, source).await };
@@ -213,6 +251,12 @@ impl Checkpoints {
             Refusal::Agent(error) => lost_or(error),
             refusal => refusal,
         })
+    }
+
+    /// Whether a host can be asked: not to promise on it what it may never do.
+    fn member(&self, host_id: &str) -> Result<(), AgentError> {
+        let found = self.sandboxes.agents.hosts().get(host_id);
+        found.map(|_| ()).ok_or_else(|| AgentError::NotMember(host_id.into()))
     }
 
     /// A tenant's checkpoint of which something can be made.
@@ -224,7 +268,6 @@ impl Checkpoints {
     ) -> Result<CheckpointRecord, Refusal> {
         let record = self.get(tenant, checkpoint_id, sandbox_id).await?;
         match shown(&record).state() {
-            _ if record.deleting => Err(Refusal::CheckpointNotFound),
             CheckpointState::Ready => Ok(record),
             CheckpointState::Failed => Err(Refusal::CheckpointLost),
             CheckpointState::Processing | CheckpointState::Unspecified => Err(Refusal::CheckpointNotReady),

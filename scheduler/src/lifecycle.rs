@@ -129,6 +129,8 @@ pub fn draft_on(draft: SandboxRecord, host_id: &str) -> SandboxRecord {
 
 /// Its microVM is lost. What could hold a secret is forgotten: nothing is made of it any more.
 ///
+/// Its epoch is raised to the highest that its host was asked for: whatever is left there is ended by it.
+///
 /// # Errors
 ///
 /// [`Denied`] if it neither runs nor is hibernated.
@@ -139,6 +141,7 @@ pub fn fail(record: &SandboxRecord, failure: &str, now: SystemTime) -> Result<Sa
         transition: SandboxTransition::Unspecified.into(),
         stored_bytes: 0,
         failure: failure.into(),
+        epoch: record.epoch.max(record.tried_epoch),
         active_at: Some(now.into()),
         reserved: false,
         envs: Default::default(),
@@ -317,14 +320,18 @@ pub fn stay(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
     })
 }
 
-/// What it goes on from is this checkpoint now: parent of the next one.
+/// What it goes on from is this checkpoint now, and not the one before that: parent of the next one. One that went on
+/// from another meanwhile stays with that, so that saying it late, or twice, takes no sandbox back to an older branch.
 ///
 /// # Errors
 ///
 /// [`Denied`] if it neither runs nor is hibernated.
-pub fn follow(record: &SandboxRecord, checkpoint_id: &str) -> Result<SandboxRecord, Denied> {
+pub fn follow(record: &SandboxRecord, before: &str, checkpoint_id: &str) -> Result<SandboxRecord, Denied> {
     alive(record)?;
-    Ok(SandboxRecord { checkpoint_id: checkpoint_id.into(), ..record.clone() })
+    match record.checkpoint_id == before {
+        true => Ok(SandboxRecord { checkpoint_id: checkpoint_id.into(), ..record.clone() }),
+        false => Ok(record.clone()),
+    }
 }
 
 /// From here on nobody uses it. Fine if it is marked.
@@ -386,6 +393,11 @@ pub fn is_deleted(record: &SandboxRecord) -> bool {
 /// Whether its host is being asked to store it.
 pub fn is_hibernating(record: &SandboxRecord) -> bool {
     record.state() == SandboxState::Running && record.transition() == SandboxTransition::Hibernating
+}
+
+/// Whether its host is being asked for something: it will be in one state or another before long.
+pub fn is_settling(record: &SandboxRecord) -> bool {
+    record.transition() != SandboxTransition::Unspecified && !is_deleted(record)
 }
 
 /// Whether its host is being asked to put it back to a checkpoint.
@@ -513,7 +525,7 @@ mod tests {
             Step::MarkRestoring => mark_restoring(record, &format!("cp-{second}")),
             Step::Restore => restore(record, record.tried_epoch, &CreateVmResponse::default(), now),
             Step::Stay => stay(record),
-            Step::Follow => follow(record, &format!("cp-{second}")),
+            Step::Follow => follow(record, &record.checkpoint_id, &format!("cp-{second}")),
             Step::MarkDeleting => mark_deleting(record),
             Step::Bury => bury(record, now),
         }
@@ -642,6 +654,24 @@ mod tests {
         assert_eq!((restored.epoch, restored.checkpoint_id.as_str()), (3, "cp-2"));
         // One that its host did after all, though nobody waited for it any more.
         assert_eq!(restore(&stayed, 2, &made, at(3)).unwrap().epoch, 2);
+        // One that was lost meanwhile leaves nothing on its host, whichever epoch that has.
+        assert_eq!(fail(&second, "gone", at(3)).unwrap().epoch, 3);
+    }
+
+    #[test]
+    fn a_sandbox_follows_the_checkpoints_of_its_own_branch() {
+        let running = take(&start(), Step::Run, 1).unwrap();
+        let first = follow(&running, "", "cp-1").unwrap();
+        let second = follow(&first, "cp-1", "cp-2").unwrap();
+        assert_eq!(second.checkpoint_id, "cp-2");
+        assert_eq!(follow(&second, "", "cp-1").unwrap(), second, "said once more, late");
+        let marked = mark_restoring(&second, "cp-1").unwrap();
+        let back = restore(&marked, marked.tried_epoch, &CreateVmResponse::default(), at(2)).unwrap();
+        assert_eq!(
+            follow(&back, "cp-2", "cp-3").unwrap().checkpoint_id,
+            "cp-1",
+            "taken on the branch it left"
+        );
     }
 
     #[test]

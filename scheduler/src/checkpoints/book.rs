@@ -116,15 +116,22 @@ impl Book {
         Err(LedgerError::Busy.into())
     }
 
-    /// Removes a record, and its entry in the index. Fine if there is none.
+    /// Removes a record, and its entry in the index, if the record as it is by then may go. Fine if there is none.
     ///
     /// # Errors
     ///
     /// Failures of the store.
-    pub async fn remove(&self, checkpoint_id: &str) -> Result<(), Refusal> {
+    pub async fn remove_if(
+        &self,
+        checkpoint_id: &str,
+        may_go: impl Fn(&CheckpointRecord) -> bool,
+    ) -> Result<(), Refusal> {
         let record_key = keys::checkpoint(checkpoint_id);
         for attempt in 0..ATTEMPTS {
             let Some((found, revision)) = self.read(checkpoint_id).await? else { return Ok(()) };
+            if !may_go(&found) {
+                return Ok(());
+            }
             let index_key = keys::checkpoint_index(&shown(&found).sandbox_id);
             let index = record::get::<CheckpointIndex>(self.store.as_ref(), &index_key).await?;
             let (known, unchanged) = expected(index, &index_key);

@@ -20,11 +20,10 @@ use tokio::task::JoinSet;
 
 use super::{Checkpoints, shown, source_of};
 use crate::{
-    agents::AgentError,
     random,
     refusal::Refusal,
     sandbox_id::{self, SandboxId},
-    sandboxes::create::Origin,
+    sandboxes::{Sandboxes, create::Origin},
     validate::{self, Invalid, Order},
 };
 
@@ -102,6 +101,7 @@ impl Checkpoints {
             metadata: Default::default(),
         };
         let order = validate::fork_order(of, wanted.timeout, wanted.envs, wanted.metadata)?;
+        self.member(&checkpoint.worker_id)?;
         let origin = Origin {
             host_id: checkpoint.worker_id.clone(),
             source: source_of(&checkpoint, wanted.is_cold),
@@ -110,7 +110,13 @@ impl Checkpoints {
             parent_id: checkpoint.checkpoint_id,
             forked_from: String::new(),
         };
-        self.make_all(tenant, wanted.count, order, origin).await
+        let (this, tenant) = (self.clone(), tenant.to_owned());
+        let flow = async move { this.make_all(&tenant, wanted.count, order, origin).await };
+        let sandboxes = self.sandboxes.clone();
+        let abandoned = async move |made: Result<Vec<SandboxRecord>, Refusal>| {
+            end_all(&sandboxes, made.unwrap_or_default()).await;
+        };
+        self.sandboxes.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping))
     }
 
     /// Makes sandboxes of a tenant's sandbox as it is now; one that is hibernated wakes for it. Also returns what its host
@@ -129,6 +135,21 @@ impl Checkpoints {
         wanted: Wanted,
     ) -> Result<(Vec<SandboxRecord>, Snapshot), Refusal> {
         let found = self.sandboxes.find(tenant, sandbox_id).await?.record;
+        let this = self.clone();
+        // As a whole: what is taken down is removed, too, if its caller has gone away.
+        let flow = async move { this.fork_found(&found, wanted).await };
+        let sandboxes = self.sandboxes.clone();
+        let abandoned = async move |made: Result<(Vec<SandboxRecord>, Snapshot), Refusal>| {
+            end_all(&sandboxes, made.map(|(made, _)| made).unwrap_or_default()).await;
+        };
+        self.sandboxes.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping))
+    }
+
+    async fn fork_found(
+        &self,
+        found: &SandboxRecord,
+        wanted: Wanted,
+    ) -> Result<(Vec<SandboxRecord>, Snapshot), Refusal> {
         let sandbox = self.sandboxes.rouse(&found.sandbox_id).await?;
         let of = Order {
             template_id: sandbox.template_id.clone(),
@@ -142,11 +163,11 @@ impl Checkpoints {
         // Reconciliation takes it for one that nobody wants, else.
         let live = self.sandboxes.flows.enter(&snapshot_id);
         let source = SnapshotSource { snapshot_id: snapshot_id.clone(), disk_only: wanted.is_cold };
-        let (agents, of) = (self.sandboxes.agents.clone(), source.clone());
+        let (this, of) = (self.clone(), source.clone());
         let host_id = sandbox.host_id.clone();
         let forked_from = sandbox.sandbox_id.clone();
         let parent_id = sandbox.checkpoint_id.clone();
-        let captured = async move { agents.capture_vm(&sandbox, of, true).await }.boxed().shared();
+        let captured = async move { this.capture(&sandbox, of, true).await }.boxed().shared();
         let origin = Origin {
             host_id: host_id.clone(),
             source,
@@ -156,7 +177,7 @@ impl Checkpoints {
             forked_from,
         };
         // Begun before the first record is written, and not by whoever waits for it first.
-        let (made, taken) = tokio::join!(self.make_all(tenant, wanted.count, order, origin), captured);
+        let (made, taken) = tokio::join!(self.make_all(&found.tenant, wanted.count, order, origin), captured);
         let agents = self.sandboxes.agents.clone();
         self.sandboxes.flows.spawn(async move {
             let _live = live;
@@ -175,40 +196,31 @@ impl Checkpoints {
         order: Order,
         origin: Origin,
     ) -> Result<Vec<SandboxRecord>, Refusal> {
-        let (this, tenant) = (self.sandboxes.clone(), tenant.to_owned());
-        let flow = async move {
-            let mut makes = JoinSet::new();
-            for _ in 0..count {
-                let id = SandboxId::generate().map_err(|error| Refusal::Internal(error.to_string()))?;
-                let (this, tenant) = (this.clone(), tenant.clone());
-                let (order, origin) = (order.clone(), origin.clone());
-                makes.spawn(async move { this.make_and_tell(&id, &tenant, order, Some(origin)).await });
+        let mut makes = JoinSet::new();
+        for _ in 0..count {
+            let id = SandboxId::generate().map_err(|error| Refusal::Internal(error.to_string()))?;
+            let (sandboxes, tenant) = (self.sandboxes.clone(), tenant.to_owned());
+            let (order, origin) = (order.clone(), origin.clone());
+            makes.spawn(async move { sandboxes.make_and_tell(&id, &tenant, order, Some(origin)).await });
+        }
+        let (mut made, mut failure) = (Vec::with_capacity(count), None);
+        while let Some(ended) = makes.join_next().await {
+            match ended {
+                Ok(Ok(versioned)) => made.push(versioned.record),
+                Ok(Err(refusal)) => failure = failure.or(Some(refusal)),
+                Err(panic) => failure = Some(Refusal::Internal(panic.to_string())),
             }
-            let (mut made, mut failure) = (Vec::with_capacity(count), None);
-            while let Some(ended) = makes.join_next().await {
-                match ended {
-                    Ok(Ok(versioned)) => made.push(versioned.record),
-                    Ok(Err(refusal)) => failure = failure.or(Some(refusal)),
-                    Err(panic) => failure = Some(Refusal::Internal(panic.to_string())),
-                }
+        }
+        match failure {
+            None => Ok(made),
+            Some(refusal) => {
+                end_all(&self.sandboxes, made).await;
+                Err(match refusal {
+                    Refusal::Agent(error) => super::lost_or(error),
+                    refusal => refusal,
+                })
             }
-            match failure {
-                None => Ok(made),
-                Some(refusal) => {
-                    end_all(&this, made).await;
-                    Err(refusal)
-                }
-            }
-        };
-        let sandboxes = self.sandboxes.clone();
-        let abandoned = async move |made: Result<Vec<SandboxRecord>, Refusal>| {
-            end_all(&sandboxes, made.unwrap_or_default()).await;
-        };
-        let made = self.sandboxes.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping));
-        made.map_err(|refusal| match refusal {
-            Refusal::Agent(error @ AgentError::Refused { .. }) => super::lost_or(error),
-            refusal => refusal,
-        })
+        }
     }
 
     /// A tenant's checkpoint, once it is ready.
@@ -233,8 +245,8 @@ impl Checkpoints {
     }
 }
 
-async fn end_all(sandboxes: &crate::sandboxes::Sandboxes, made: Vec<SandboxRecord>) {
-    for record in made {
-        sandboxes.unwanted(&record.sandbox_id).await;
-    }
+/// Ends those of a fork that were made, if the others were not, or nobody waits for them.
+async fn end_all(sandboxes: &Sandboxes, made: Vec<SandboxRecord>) {
+    let ends = made.iter().map(|record| sandboxes.unwanted(&record.sandbox_id));
+    futures_util::future::join_all(ends).await;
 }

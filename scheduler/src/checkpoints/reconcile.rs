@@ -14,6 +14,7 @@ use super::{
     Checkpoints,
     plan::{Action, judge, judge_without_host},
     shown,
+    take::is_processing,
 };
 use crate::{reconcile::plan::Moment, refusal::Refusal, telemetry};
 
@@ -62,6 +63,11 @@ impl Checkpoints {
             let Some(action) = judge_without_host(&record, is_live, moment) else { continue };
             let result = async {
                 let stored = self.book.read(&id).await?.map(|(record, _)| record);
+                let is_live = self.sandboxes.flows.is_live(&id);
+                let judged = stored.as_ref().and_then(|stored| judge_without_host(stored, is_live, moment));
+                if judged.as_ref() != Some(&action) {
+                    return Ok(false);
+                }
                 self.perform(&id, &action, stored, &host_id).await
             };
             report(&id, &action, result.await);
@@ -84,7 +90,7 @@ impl Checkpoints {
             (Action::Finish(snapshot), Some(_)) => {
                 self.finish(id, snapshot).await?;
             }
-            (Action::Abandon, Some(_)) => self.book.remove(id).await?,
+            (Action::Abandon, Some(_)) => self.book.remove_if(id, is_processing).await?,
             (Action::Fail, Some(_)) => {
                 self.book.update(id, failed).await?;
             }
@@ -98,6 +104,9 @@ impl Checkpoints {
 /// The record of a checkpoint that its host does not have any more.
 fn failed(record: &CheckpointRecord) -> CheckpointRecord {
     let mut checkpoint = shown(record);
+    if checkpoint.state() != CheckpointState::Ready {
+        return record.clone();
+    }
     checkpoint.state = CheckpointState::Failed.into();
     checkpoint.failure = "its host does not have it any more".into();
     CheckpointRecord { checkpoint: Some(checkpoint), ..record.clone() }

@@ -1,5 +1,6 @@
 //! Taking a checkpoint.
 
+use oc_mesh::error::Reason;
 use oc_proto::{
     mesh::{CheckpointRecord, SandboxRecord, Snapshot, SnapshotSource},
     v1::{Checkpoint, CheckpointKind, CheckpointState, RetentionPolicy},
@@ -80,13 +81,44 @@ impl Checkpoints {
         let drafted = self.draft(&id, sandbox, order);
         self.book.add(&drafted).await?;
         let source = SnapshotSource { snapshot_id: id.clone(), disk_only };
-        match self.sandboxes.agents.capture_vm(sandbox, source, false).await {
-            Ok(snapshot) => self.finish(&id, &snapshot).await,
+        match self.capture(sandbox, source, false).await {
+            Ok(snapshot) => {
+                let finished = self.finish(&id, &snapshot).await;
+                if matches!(finished, Err(Refusal::CheckpointNotFound)) {
+                    // Deleted while it was taken. Best effort: what stays is a stray.
+                    let _ = self.sandboxes.agents.delete_snapshot(&sandbox.host_id, &id).await;
+                }
+                finished
+            }
             // Nobody knows what became of it. Reconciliation asks.
-            Err(error @ (AgentError::Unreachable { .. } | AgentError::NotMember(_))) => Err(error.into()),
+            Err(error @ AgentError::Unreachable { .. }) => Err(error.into()),
             Err(error) => {
-                self.book.remove(&id).await?;
+                self.book.remove_if(&id, is_processing).await?;
                 Err(error.into())
+            }
+        }
+    }
+
+    /// Has the sandbox's host take its state down; once more, from where it is by then, if it was stored or put back
+    /// between the look at its record and the call.
+    pub(super) async fn capture(
+        &self,
+        sandbox: &SandboxRecord,
+        source: SnapshotSource,
+        is_ephemeral: bool,
+    ) -> Result<Snapshot, AgentError> {
+        let agents = &self.sandboxes.agents;
+        let captured = agents.capture_vm(sandbox, source.clone(), is_ephemeral).await;
+        let Err(AgentError::Refused { reason: Reason::SandboxNotReady | Reason::StaleEpoch, .. }) = &captured
+        else {
+            return captured;
+        };
+        match self.sandboxes.rouse(&sandbox.sandbox_id).await {
+            Ok(roused) => agents.capture_vm(&roused, source, is_ephemeral).await,
+            // Its own reason says more than that it was not ready.
+            Err(Refusal::Agent(error)) => Err(error),
+            Err(refusal) => {
+                Err(AgentError::Refused { reason: refusal.reason(), message: refusal.to_string() })
             }
         }
     }
@@ -127,7 +159,7 @@ impl Checkpoints {
         let followed = self
             .sandboxes
             .ledger
-            .update(&checkpoint.sandbox_id, |sandbox| lifecycle::follow(sandbox, id))
+            .update(&checkpoint.sandbox_id, |sandbox| lifecycle::follow(sandbox, &checkpoint.parent_id, id))
             .await;
         if let Err(error) = followed {
             tracing::debug!(checkpoint_id = id, %error, "its sandbox does not follow it");
@@ -139,7 +171,10 @@ impl Checkpoints {
             pause_us = checkpoint.pause_us,
             "checkpoint taken"
         );
-        self.retire(&record).await?;
+        if let Err(error) = self.retire(&record).await {
+            // It is taken all the same.
+            tracing::warn!(checkpoint_id = id, %error, "its policy is carried out later");
+        }
         Ok(record)
     }
 
@@ -159,6 +194,11 @@ impl Checkpoints {
         let done = |record: &CheckpointRecord| CheckpointRecord { retention_policy: None, ..record.clone() };
         self.book.update(&checkpoint.checkpoint_id, done).await.map(drop)
     }
+}
+
+/// Whether it is being taken.
+pub(super) fn is_processing(record: &CheckpointRecord) -> bool {
+    shown(record).state() == CheckpointState::Processing
 }
 
 /// The record of a checkpoint that its host has taken as `snapshot`.

@@ -107,8 +107,11 @@ impl<'a> Draft<'a> {
         Ok(lifecycle::place(record, &host.host_id)?)
     }
 
-    /// Whether the record's own host has room for its share, and its tenant quota.
+    /// Whether the record's own host has room for its share, and its tenant quota. What is counted there already has both.
     fn fits(&self, before: Option<&SandboxRecord>, record: &SandboxRecord) -> Result<(), LedgerError> {
+        if before.is_some_and(|before| before.reserved && before.host_id == record.host_id) {
+            return Ok(());
+        }
         let share = Count::of(record);
         let tenant = Account::Tenant(record.tenant.clone());
         let counted = before.into_iter().flat_map(Account::of).filter(|(account, _)| *account == tenant);

@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status};
 
 use super::{key_caller, present::Presenter};
 use crate::{
-    checkpoints::{Checkpoints, fork::Wanted, shown, take::Order},
+    checkpoints::{Checkpoints, fork::Wanted, take::Order},
     refusal::Refusal,
 };
 
@@ -54,7 +54,8 @@ impl CheckpointService for CheckpointRpc {
         let order = Order::parse(request.name, request.kind, request.retention_policy);
         let order = order.map_err(Refusal::from)?;
         let taken = self.checkpoints.take(&caller.tenant, &request.sandbox_id, order).await?;
-        Ok(Response::new(CreateCheckpointResponse { checkpoint: Some(shown(&taken)) }))
+        let checkpoint = Some(self.checkpoints.present(&taken).await?);
+        Ok(Response::new(CreateCheckpointResponse { checkpoint }))
     }
 
     async fn get_checkpoint(
@@ -64,7 +65,8 @@ impl CheckpointService for CheckpointRpc {
         let caller = key_caller(&request)?;
         let GetCheckpointRequest { checkpoint_id, sandbox_id } = request.into_inner();
         let found = self.checkpoints.get(&caller.tenant, &checkpoint_id, &sandbox_id).await?;
-        Ok(Response::new(GetCheckpointResponse { checkpoint: Some(shown(&found)) }))
+        let checkpoint = Some(self.checkpoints.present(&found).await?);
+        Ok(Response::new(GetCheckpointResponse { checkpoint }))
     }
 
     async fn list_checkpoints(
@@ -74,7 +76,10 @@ impl CheckpointService for CheckpointRpc {
         let caller = key_caller(&request)?;
         let sandbox_id = request.into_inner().sandbox_id;
         let found = self.checkpoints.list(&caller.tenant, &sandbox_id).await;
-        let checkpoints: Vec<_> = found.iter().map(|record| shown(record)).collect();
+        let mut checkpoints = Vec::with_capacity(found.len());
+        for record in found {
+            checkpoints.push(self.checkpoints.present(&record).await?);
+        }
         if checkpoints.is_empty() && !sandbox_id.is_empty() {
             // None, or none that is the caller's.
             self.checkpoints.sandboxes.get(&caller.tenant, &sandbox_id).await?;

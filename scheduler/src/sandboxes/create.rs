@@ -90,9 +90,9 @@ impl Sandboxes {
         self.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping))
     }
 
-    /// Ends a sandbox whose creator has gone away.
+    /// Ends a sandbox whose creator has gone away, or does not want it without the others that were to be made with it.
     pub(crate) async fn unwanted(&self, sandbox_id: &str) {
-        tracing::info!(sandbox_id, "its creator has gone away: deleting it");
+        tracing::info!(sandbox_id, "nobody waits for it any more: deleting it");
         if let Err(error) = self.end(sandbox_id).await {
             tracing::warn!(sandbox_id, %error, "it stays until its idle timeout");
         }

@@ -104,6 +104,20 @@ fn moving_to_another_host_moves_the_share_and_leaves_the_tenant_alone() {
 }
 
 #[test]
+fn what_is_counted_on_its_host_needs_no_more_room_there() {
+    let mut known = HashMap::new();
+    let (results, _) = play(&mut known, &[create(0, 8192)]);
+    let placed = results[0].as_ref().unwrap().clone().unwrap();
+    let marked = SandboxRecord { restoring_id: "cp-1".into(), ..placed.clone() };
+    let (results, txn) = play(&mut known, &[step(&placed, Next::Reserved(marked))]);
+    assert!(results[0].is_ok(), "its host is full of itself");
+    assert_eq!(txn.then.len(), 1, "no count changes");
+    let hibernated = SandboxRecord { reserved: false, ..placed.clone() };
+    let woken = step(&hibernated, Next::Reserved(placed));
+    assert!(matches!(play(&mut known, &[woken]).0[0], Err(LedgerError::Unplaceable(_))));
+}
+
+#[test]
 fn a_transaction_never_exceeds_the_stores_limit() {
     let mut known = HashMap::new();
     let hosts: Vec<_> = (0..2 * MAX_CHANGES)
