@@ -39,6 +39,8 @@ pub mod index;
 pub mod plan;
 mod reconcile;
 pub mod take;
+#[cfg(test)]
+mod tests;
 
 /// What the IDs of checkpoints begin with.
 const PREFIX: &str = "cp-";

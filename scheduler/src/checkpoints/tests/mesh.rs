@@ -1,0 +1,212 @@
+//! A scheduler's inside with a store and one host, which survives the scheduler.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use oc_mesh::{
+    clock::ManualClock,
+    endpoint::Endpoint,
+    keys, record,
+    store::{self, SharedStore, Txn},
+    view::View,
+};
+use oc_proto::{
+    mesh::{CheckpointRecord, HostRecord, SandboxRecord, TenantUsage},
+    v1::CheckpointKind,
+};
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
+
+use super::host::FakeHost;
+use crate::{
+    activity::Activity,
+    agents::Agents,
+    checkpoints::{Checkpoints, fork::Wanted, take::Order},
+    flows::Flows,
+    ledger::Ledger,
+    quota::Quota,
+    reconcile::{Pace, Reconciler},
+    refusal::Refusal,
+    sandboxes::Sandboxes,
+    validate,
+};
+
+pub(super) const TENANT: &str = "acme";
+pub(super) const HOST: &str = "host-a";
+
+pub(super) struct Mesh {
+    pub(super) sandboxes: Sandboxes,
+    pub(super) checkpoints: Checkpoints,
+    pub(super) reconciler: Reconciler,
+    pub(super) host: FakeHost,
+    pub(super) store: SharedStore,
+    clock: ManualClock,
+    /// Ends the copies of the store's records.
+    views: CancellationToken,
+    /// Ends the host.
+    stop: CancellationToken,
+    directory: Arc<TempDir>,
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        self.views.cancel();
+        if Arc::strong_count(&self.directory) == 1 {
+            self.stop.cancel();
+        }
+    }
+}
+
+impl Mesh {
+    pub(super) async fn start() -> Self {
+        let directory = Arc::new(tempfile::tempdir().unwrap());
+        let url = format!("file://{}", directory.path().join("store.db").display());
+        let store = store::open(&url).await.unwrap();
+        let clock = ManualClock::new(SystemTime::now());
+        let stop = CancellationToken::new();
+        let endpoint = Endpoint::Unix(directory.path().join("agent.sock"));
+        let host = FakeHost::serve(endpoint.clone(), Arc::new(clock.clone()), stop.clone()).await;
+        let member = HostRecord {
+            host_id: HOST.into(),
+            endpoint: endpoint.to_string(),
+            templates: vec!["base".into()],
+            max_sandboxes: 8,
+            memory_capacity_mb: 65_536,
+            disk_free_mb: 100_000,
+            ..Default::default()
+        };
+        let then = vec![record::put(keys::host(HOST), &member)];
+        store.txn(Txn { compare: vec![], then }).await.unwrap();
+        Self::around(store, host, clock, stop, directory).await
+    }
+
+    async fn around(
+        store: SharedStore,
+        host: FakeHost,
+        clock: ManualClock,
+        stop: CancellationToken,
+        directory: Arc<TempDir>,
+    ) -> Self {
+        let views = CancellationToken::new();
+        let hosts = View::start(store.clone(), keys::HOSTS, views.clone()).await.unwrap();
+        let records = View::start(store.clone(), keys::SANDBOXES, views.clone()).await.unwrap();
+        let schedulers = View::start(store.clone(), keys::SCHEDULERS, views.clone()).await.unwrap();
+        let quota = Quota { max_sandboxes: 100, max_memory_mb: 1 << 20 };
+        let (ledger, writer) = Ledger::start(store.clone(), hosts.clone(), quota).await.unwrap();
+        tokio::spawn(writer);
+        let sandboxes = Sandboxes {
+            ledger,
+            agents: Arc::new(Agents::new(hosts)),
+            flows: Flows::default(),
+            records,
+            activity: Activity::default(),
+            clock: Arc::new(clock.clone()),
+        };
+        let checkpoints = Checkpoints::new(sandboxes.clone(), store.clone(), views.clone()).await.unwrap();
+        let reconciler = Reconciler {
+            sandboxes: sandboxes.clone(),
+            checkpoints: checkpoints.clone(),
+            store: store.clone(),
+            schedulers,
+            scheduler_id: "only".into(),
+            pace: Pace::default(),
+        };
+        Self { sandboxes, checkpoints, reconciler, host, store, clock, views, stop, directory }
+    }
+
+    /// The scheduler dies amid whatever it is doing; another one comes up.
+    pub(super) async fn die_and_start_again(self) -> Self {
+        self.sandboxes.flows.finish(Duration::ZERO).await;
+        let (store, host, clock) = (self.store.clone(), self.host.clone(), self.clock.clone());
+        let (stop, directory) = (self.stop.clone(), Arc::clone(&self.directory));
+        drop(self);
+        Self::around(store, host, clock, stop, directory).await
+    }
+
+    /// Looks at the host and at the records once, when the time of whoever else may be at it is over. Idle times are far
+    /// longer.
+    pub(super) async fn reconcile(&self) {
+        self.clock.advance(Duration::from_secs(20));
+        self.glance().await;
+    }
+
+    /// Looks at once.
+    pub(super) async fn glance(&self) {
+        until("the copies are current", async || {
+            self.reconciler.schedulers.is_current() && self.checkpoints.records.is_current()
+        })
+        .await;
+        self.sandboxes.list(TENANT).await;
+        self.checkpoints.list(TENANT, "").await;
+        self.reconciler.look_at_host(HOST).await;
+        self.reconciler.look_at_records().await;
+    }
+
+    /// The host leaves the membership.
+    pub(super) async fn lose_host(&self) {
+        let then = vec![store::Op::Delete { key: keys::host(HOST) }];
+        self.store.txn(Txn { compare: vec![], then }).await.unwrap();
+        until("it has left", async || self.sandboxes.agents.hosts().get(HOST).is_none()).await;
+    }
+
+    /// A new sandbox.
+    pub(super) async fn sandbox(&self) -> SandboxRecord {
+        let mut order = validate::order(Default::default()).unwrap();
+        order.envs = [("A".into(), "old".into())].into();
+        order.timeout = 3600;
+        self.sandboxes.create(TENANT, order).await.unwrap().record
+    }
+
+    /// A sandbox as it is stored.
+    pub(super) async fn look(&self, id: &str) -> SandboxRecord {
+        self.sandboxes.get(TENANT, id).await.unwrap()
+    }
+
+    pub(super) async fn take(&self, sandbox_id: &str, name: &str) -> Result<CheckpointRecord, Refusal> {
+        self.take_as(sandbox_id, order(name, CheckpointKind::Full)).await
+    }
+
+    /// Takes a checkpoint, a while after the one before.
+    pub(super) async fn take_as(&self, sandbox_id: &str, order: Order) -> Result<CheckpointRecord, Refusal> {
+        self.clock.advance(Duration::from_millis(1));
+        self.checkpoints.take(TENANT, sandbox_id, order).await
+    }
+
+    /// The names of the tenant's checkpoints.
+    pub(super) async fn names(&self) -> Vec<String> {
+        let listed = self.checkpoints.list(TENANT, "").await;
+        listed.iter().map(|record| crate::checkpoints::shown(record).name).collect()
+    }
+
+    /// How many sandboxes are counted as the tenant's.
+    pub(super) async fn counted(&self) -> i32 {
+        let usage = record::get::<TenantUsage>(self.store.as_ref(), &keys::usage(TENANT)).await.unwrap();
+        usage.map_or(0, |(usage, _)| usage.sandboxes)
+    }
+
+    /// How many microVMs the host has.
+    pub(super) fn vms(&self) -> usize {
+        self.host.with(|state| state.vms.len())
+    }
+}
+
+pub(super) fn order(name: &str, kind: CheckpointKind) -> Order {
+    Order::parse(name.into(), kind.into(), None).unwrap()
+}
+
+pub(super) fn wanted(count: usize, is_cold: bool) -> Wanted {
+    let envs = [("A".into(), "new".into())].into();
+    Wanted { count, is_cold, timeout: None, envs, metadata: Default::default() }
+}
+
+/// Waits for something to come true.
+pub(super) async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
+    let waits = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(20), waits).await.is_ok(), "not in time: {what}");
+}
