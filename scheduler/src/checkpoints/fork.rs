@@ -137,7 +137,7 @@ impl Checkpoints {
         let found = self.sandboxes.find(tenant, sandbox_id).await?.record;
         let this = self.clone();
         // As a whole: what is taken down is removed, too, if its caller has gone away.
-        let flow = async move { this.fork_found(&found, wanted).await };
+        let flow = async move { this.fork_found(found, wanted).await };
         let sandboxes = self.sandboxes.clone();
         let abandoned = async move |made: Result<(Vec<SandboxRecord>, Snapshot), Refusal>| {
             end_all(&sandboxes, made.map(|(made, _)| made).unwrap_or_default()).await;
@@ -147,10 +147,10 @@ impl Checkpoints {
 
     async fn fork_found(
         &self,
-        found: &SandboxRecord,
+        found: SandboxRecord,
         wanted: Wanted,
     ) -> Result<(Vec<SandboxRecord>, Snapshot), Refusal> {
-        let sandbox = self.sandboxes.rouse(&found.sandbox_id).await?;
+        let sandbox = self.awake(found).await?;
         let of = Order {
             template_id: sandbox.template_id.clone(),
             size: sandbox.size.unwrap_or_default(),
@@ -165,6 +165,7 @@ impl Checkpoints {
         let source = SnapshotSource { snapshot_id: snapshot_id.clone(), disk_only: wanted.is_cold };
         let (this, of) = (self.clone(), source.clone());
         let host_id = sandbox.host_id.clone();
+        let tenant = sandbox.tenant.clone();
         let forked_from = sandbox.sandbox_id.clone();
         let parent_id = sandbox.checkpoint_id.clone();
         let captured = async move { this.capture(&sandbox, of, true).await }.boxed().shared();
@@ -177,7 +178,7 @@ impl Checkpoints {
             forked_from,
         };
         // Begun before the first record is written, and not by whoever waits for it first.
-        let (made, taken) = tokio::join!(self.make_all(&found.tenant, wanted.count, order, origin), captured);
+        let (made, taken) = tokio::join!(self.make_all(&tenant, wanted.count, order, origin), captured);
         let agents = self.sandboxes.agents.clone();
         self.sandboxes.flows.spawn(async move {
             let _live = live;

@@ -3,7 +3,7 @@
 use oc_mesh::error::Reason;
 use oc_proto::{
     mesh::{CheckpointRecord, SandboxRecord, Snapshot, SnapshotSource},
-    v1::{Checkpoint, CheckpointKind, CheckpointState, RetentionPolicy},
+    v1::{Checkpoint, CheckpointKind, CheckpointState, RetentionPolicy, SandboxState},
 };
 
 use super::{Checkpoints, PREFIX, index, shown};
@@ -65,9 +65,9 @@ impl Checkpoints {
         order: Order,
     ) -> Result<CheckpointRecord, Refusal> {
         let found = self.sandboxes.find(tenant, sandbox_id).await?.record;
-        let (this, sandbox_id) = (self.clone(), found.sandbox_id);
+        let this = self.clone();
         let flow = async move {
-            let sandbox = this.sandboxes.rouse(&sandbox_id).await?;
+            let sandbox = this.awake(found).await?;
             this.take_of(&sandbox, order).await
         };
         self.sandboxes.flows.run(flow, async |_| ()).await.unwrap_or(Err(Refusal::Stopping))
@@ -97,6 +97,15 @@ impl Checkpoints {
                 Err(error.into())
             }
         }
+    }
+
+    /// A sandbox that runs: as its record `found` says, or once it is woken. Should that be over when its host is asked,
+    /// [`capture`](Self::capture) looks again.
+    pub(super) async fn awake(&self, found: SandboxRecord) -> Result<SandboxRecord, Refusal> {
+        let is_awake = found.state() == SandboxState::Running
+            && !lifecycle::is_settling(&found)
+            && !lifecycle::is_deleted(&found);
+        if is_awake { Ok(found) } else { self.sandboxes.rouse(&found.sandbox_id).await }
     }
 
     /// Has the sandbox's host take its state down; once more, from where it is by then, if it was stored or put back
