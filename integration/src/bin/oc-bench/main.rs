@@ -2,14 +2,18 @@
 //!
 //! - [`floor`]: QEMU alone, with none of our code.
 //! - [`create`], [`calls`], [`transfer`], [`memory`], [`crowd`]: one subject each.
+//! - [`captures`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
 
+mod beside;
 mod calls;
+mod captures;
 mod create;
 mod crowd;
 mod floor;
 mod memory;
 mod table;
+mod timed;
 mod transfer;
 
 use std::fs;
@@ -23,9 +27,10 @@ use self::table::Table;
 /// Measures this machine.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Subjects to measure; all where none is named
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "crowd"])]
-    subjects: Vec<String>,
+    /// Subjects to measure, beside the floor; all where none is named
+    #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "captures", "crowd"])]
+    only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
     creates: usize,
@@ -34,8 +39,7 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let wanted =
-        |subject: &str| arguments.subjects.is_empty() || arguments.subjects.iter().any(|s| s == subject);
+    let wanted = |subject: &str| arguments.only.is_empty() || arguments.only.iter().any(|s| s == subject);
     let floor = tokio::task::spawn_blocking(floor::measure).await?.context("the floor")?;
     let mut table = Table::new(&floor);
 
@@ -58,6 +62,10 @@ async fn main() -> anyhow::Result<()> {
         memory::measure(&mesh, &mut table).await.context("memory")?;
     }
     mesh.stop()?;
+    let ours = match wanted("captures") {
+        true => Some(captures::measure(&mut table).await.context("captures")?),
+        false => None,
+    };
     if wanted("crowd") {
         crowd::measure(&mut table, arguments.creates).await.context("crowd")?;
     }
@@ -65,6 +73,9 @@ async fn main() -> anyhow::Result<()> {
         table.fact(name, &value);
     }
     println!("{table}");
+    if let Some(ours) = ours {
+        println!("{ours}");
+    }
     Ok(())
 }
 
