@@ -2,7 +2,7 @@
 //!
 //! - [`floor`]: QEMU alone, with none of our code.
 //! - [`create`], [`calls`], [`transfer`], [`memory`], [`crowd`]: one subject each.
-//! - [`captures`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
+//! - [`captures`], [`curve`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
 
 mod beside;
@@ -10,6 +10,7 @@ mod calls;
 mod captures;
 mod create;
 mod crowd;
+mod curve;
 mod floor;
 mod memory;
 mod table;
@@ -29,7 +30,7 @@ use self::table::Table;
 struct Arguments {
     /// Subjects to measure, beside the floor; all where none is named
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "captures", "crowd"])]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "captures", "curve", "crowd"])]
     only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
@@ -66,6 +67,10 @@ async fn main() -> anyhow::Result<()> {
         true => Some(captures::measure(&mut table).await.context("captures")?),
         false => None,
     };
+    let curve = match wanted("curve") {
+        true => Some(curve::measure().await.context("curve")?),
+        false => None,
+    };
     if wanted("crowd") {
         crowd::measure(&mut table, arguments.creates).await.context("crowd")?;
     }
@@ -73,6 +78,9 @@ async fn main() -> anyhow::Result<()> {
         table.fact(name, &value);
     }
     println!("{table}");
+    if let Some(curve) = curve {
+        println!("{curve}");
+    }
     if let Some(ours) = ours {
         println!("{ours}");
     }
