@@ -1,7 +1,7 @@
 //! Drives VMMs: everything that a VM is made of on this host, and nothing of what it is for.
 //!
 //! - [`vmm`]: the seam to a VMM; [`qemu`] is the one behind it, [`accelerator`] says how it runs.
-//! - [`template`], [`initramfs`], [`layer`]: what a guest boots from.
+//! - [`template`], [`initramfs`], [`layer`], [`pins`]: what a guest boots from, and how long it is kept.
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
 //! - [`guest_link`]: the way to a guest.
@@ -26,6 +26,7 @@ pub mod instance;
 pub mod layer;
 pub mod pages;
 pub mod parts;
+pub mod pins;
 pub mod process;
 pub mod qemu;
 pub mod running;
@@ -74,7 +75,14 @@ impl Driver {
         let qemu = Qemu::find(accelerator).await?;
         let mut driver = Self::for_removal(&config.host_id, &config.data_dir)?;
         let (places, cgroups) = (driver.places.clone(), driver.cgroups.clone());
-        let parts = Arc::new(Parts::ready(Arc::new(qemu), places, cgroups, templates, &config.guest_binary)?);
+        let parts = Arc::new(Parts::ready(
+            Arc::new(qemu),
+            places,
+            cgroups,
+            &config.image_dir,
+            templates,
+            &config.guest_binary,
+        )?);
         let goldens = Arc::new(Goldens::open(parts.clone())?);
         driver.source = Some((parts, goldens));
         driver.snapshots = config.snapshots;
@@ -183,7 +191,8 @@ impl Backend for Driver {
     }
 
     async fn clean_up(&self) -> Result<(), MakeError> {
-        let removed = self.places.remove().and_then(|()| self.cgroups.clean_up());
+        let unpinned = self.parts().map_or(Ok(()), Parts::unpin_all);
+        let removed = unpinned.and_then(|()| self.places.remove()).and_then(|()| self.cgroups.clean_up());
         removed.map_err(|error| MakeError::Backend(format!("cannot clean up: {error}")))
     }
 }

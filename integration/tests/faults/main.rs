@@ -7,6 +7,7 @@ mod disk;
 mod etcd;
 mod killed;
 mod sleepers;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,8 @@ fn main() -> ExitCode {
             a_hundred_creates_among_kills_leave_only_what_works;
         disk:
             a_full_host_takes_no_more_and_loses_nothing;
+        upgrade:
+            what_was_made_of_an_older_build_goes_on;
         etcd:
             a_mesh_on_etcd_outlives_its_server;
     };

@@ -7,7 +7,7 @@ use super::{
     pages::GuestMemory,
     parts::Parts,
     running::on_disk,
-    snapshot::{Draft, Manifest, Place},
+    snapshot::{Draft, Manifest, Origin, Place},
     vmm::Machine,
 };
 use crate::{backend::Circumstances, microvm::MakeError, telemetry};
@@ -76,7 +76,12 @@ impl Capture {
         circumstances: Circumstances,
     ) -> Result<Manifest, MakeError> {
         let draft = self.draft;
-        let work = move |home: &Home| draft.publish(home, circumstances, &parts.verified);
+        let work = move |home: &Home| {
+            if !circumstances.is_ephemeral {
+                parts.pin(&Origin::read(home)?)?;
+            }
+            draft.publish(home, circumstances, &parts.verified)
+        };
         telemetry::step("capture_publish", on_disk(&self.home, work)).await
     }
 }

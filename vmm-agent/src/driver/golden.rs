@@ -231,7 +231,9 @@ async fn make(
         Ok((home.add_file(MEMORY)?, home.add_file(STATE)?))
     })
     .await?;
-    let vm = Running::boot(parts, home, cgroup, kind, Memory::Written(memory)).await?;
+    let vm =
+        Running::boot(parts, home, cgroup, (parts.bootable(&kind.template)?, kind), Memory::Written(memory))
+            .await?;
     warm_up(&vm).await?;
     // What the kernel puts off is done here once, and not by every clone.
     sleep(SETTLES).await;

@@ -44,12 +44,23 @@ pub struct Initramfs {
 pub fn ensure(cache: &Path, template: &Template, guest_binary: &Path) -> io::Result<Initramfs> {
     let archive = pack(entries(template, guest_binary)?)?;
     let digest = hex::encode(&Sha256::digest(&archive)[..8]);
-    let path = cache.join(format!("initramfs-{digest}.img"));
+    let path = place(cache, &digest);
     if !path.try_exists()? {
         // No secrets are inside, and every VM's own user reads it.
         durable::write(&path, 0o644, |file| file.write_all(&archive))?;
     }
     Ok(Initramfs { path, digest })
+}
+
+/// Where the initramfs of that digest is in `cache`, if it is there.
+pub fn place(cache: &Path, digest: &str) -> PathBuf {
+    cache.join(format!("initramfs-{digest}.img"))
+}
+
+/// The initramfs of that digest in `cache`, if it is there.
+pub fn find(cache: &Path, digest: &str) -> Option<Initramfs> {
+    let path = place(cache, digest);
+    path.is_file().then(|| Initramfs { path, digest: digest.to_owned() })
 }
 
 fn entries(template: &Template, guest_binary: &Path) -> io::Result<Vec<Entry>> {

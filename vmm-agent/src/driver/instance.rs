@@ -14,7 +14,7 @@ use super::{
     durable,
     golden::Goldens,
     home::Home,
-    parts::Parts,
+    parts::{Bootable, Parts},
     running::{self, CloneError, Running},
     snapshot::{Manifest, Origin, Place},
     vmm::Memory,
@@ -47,6 +47,11 @@ impl Vm {
         self.source.clone().ok_or_else(|| MakeError::Backend("this agent only removes VMs".into()))
     }
 
+    async fn boot_with(&mut self, parts: &Parts, of: (&Bootable, &Kind)) -> Result<(), MakeError> {
+        self.running = Some(Running::boot(parts, &self.home, &self.cgroup, of, Memory::Anonymous).await?);
+        Ok(())
+    }
+
     /// Memory that it was started with, MiB.
     async fn memory_mb(&self) -> Result<u32, MakeError> {
         Ok(running::on_disk(&self.home, Origin::read).await?.memory_mb)
@@ -68,6 +73,12 @@ impl Vm {
     fn running(&self) -> Result<&Running, MakeError> {
         self.running.as_ref().ok_or_else(|| MakeError::Backend("it does not run".into()))
     }
+}
+
+/// What boots a disk that is laid over the base image of `origin`.
+fn base_of<'a>(parts: &'a Parts, origin: &Origin) -> Result<&'a Bootable, MakeError> {
+    let found = parts.bootable_with_base_of(origin);
+    found.ok_or_else(|| MakeError::Unusable("the base image of its disk is not on this host any more".into()))
 }
 
 #[tonic::async_trait]
@@ -95,8 +106,8 @@ impl Instance for Vm {
         let (parts, _) = self.source()?;
         let layer = parts.empty_layer().await?.to_owned();
         running::add_layer(&self.home, layer).await?;
-        self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
-        Ok(())
+        let bootable = parts.bootable(&kind.template)?;
+        self.boot_with(&parts, (bootable, kind)).await
     }
 
     async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError> {
@@ -160,13 +171,7 @@ impl Instance for Vm {
     async fn boot_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
         let manifest = self.take_layer(&parts, snapshot_id).await?;
-        if manifest.origin.template_digest != parts.bootable(&kind.template)?.template.digest {
-            return Err(MakeError::Unusable(
-                "the base image of its disk is not on this host any more".into(),
-            ));
-        }
-        self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
-        Ok(())
+        self.boot_with(&parts, (base_of(&parts, &manifest.origin)?, kind)).await
     }
 
     async fn release(&mut self) -> Result<(), MakeError> {
@@ -189,13 +194,10 @@ impl Instance for Vm {
     async fn boot_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
         let origin = running::on_disk(&self.home, Origin::read).await?;
-        if origin.template_digest != parts.bootable(&kind.template)?.template.digest {
-            return Err(MakeError::Backend("the base image of its disk is not on this host any more".into()));
-        }
+        let bootable = base_of(&parts, &origin)?;
         // It is no clone any more.
         running::on_disk(&self.home, Home::forget_base).await?;
-        self.running = Some(Running::boot(&parts, &self.home, &self.cgroup, kind, Memory::Anonymous).await?);
-        Ok(())
+        self.boot_with(&parts, (bootable, kind)).await
     }
 
     async fn forget_stored(&mut self) -> Result<(), MakeError> {

@@ -12,6 +12,7 @@ use std::{
 use fs_err as fs;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::OnceCell;
+use tracing::warn;
 
 use super::{
     cgroup::{Cgroup, Cgroups, Limits},
@@ -20,6 +21,7 @@ use super::{
     home::Home,
     initramfs::{self, Initramfs},
     layer,
+    pins::Pins,
     shelf::Shelf,
     snapshot::Origin,
     template::Template,
@@ -84,7 +86,7 @@ impl Places {
 }
 
 /// A template with what it takes to start it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bootable {
     /// The template.
     pub template: Template,
@@ -107,9 +109,13 @@ pub struct Parts {
     pub shelf: Shelf,
     /// Files of snapshots that were found whole.
     pub verified: Verified,
+    /// What new VMs are made of, by template.
     bootables: BTreeMap<String, Bootable>,
+    /// What is not the newest any more, and kept for what was made of it.
+    kept: Vec<Bootable>,
     empty_layer: OnceCell<PathBuf>,
     processor: String,
+    pins: Pins,
 }
 
 impl Parts {
@@ -122,6 +128,7 @@ impl Parts {
         vmm: Arc<dyn Vmm>,
         places: Places,
         cgroups: Cgroups,
+        image_dir: &Path,
         templates: Vec<Template>,
         guest_binary: &Path,
     ) -> io::Result<Self> {
@@ -134,11 +141,72 @@ impl Parts {
             let snapshot_key = snapshot_key(&template, &initramfs, vmm.as_ref(), &processor);
             bootables.insert(template.name.clone(), Bootable { template, initramfs, snapshot_key });
         }
-        let empty_layer = OnceCell::new();
         let (shelf, verified) = (Shelf::open(&places)?, Verified::default());
-        let parts = Self { vmm, places, cgroups, shelf, verified, bootables, empty_layer, processor };
-        parts.sweep_cache()?;
+        let needed = origins(&places, &shelf)?;
+        let mut kept = Vec::new();
+        for origin in &needed {
+            let is_there = |kept: &Bootable| kept.is_of(origin);
+            if bootables.values().any(is_there) || kept.iter().any(is_there) {
+                continue;
+            }
+            let Some(template) = Template::of(image_dir, &origin.template, &origin.template_digest) else {
+                warn!(
+                    template = origin.template,
+                    digest = origin.template_digest,
+                    "a base image that is needed is gone"
+                );
+                continue;
+            };
+            let Some(initramfs) = initramfs::find(&places.cache, &origin.initramfs_digest) else { continue };
+            let snapshot_key = snapshot_key(&template, &initramfs, vmm.as_ref(), &processor);
+            kept.push(Bootable { template, initramfs, snapshot_key });
+        }
+        let pins = Pins::of(&places);
+        let images = bootables.values().chain(&kept).map(|bootable| &bootable.template);
+        pins.keep_only(images, |template| {
+            needed.iter().any(|origin| origin.template_digest == template.digest)
+        })?;
+        let empty_layer = OnceCell::new();
+        let parts =
+            Self { vmm, places, cgroups, shelf, verified, bootables, kept, empty_layer, processor, pins };
+        parts.sweep_cache(&needed)?;
         Ok(parts)
+    }
+
+    /// What a VM was started with that is of `origin`, if this host still has it.
+    pub fn bootable_of(&self, origin: &Origin) -> Option<&Bootable> {
+        self.bootables.values().chain(&self.kept).find(|bootable| bootable.is_of(origin))
+    }
+
+    /// What boots a disk whose base image is that of `origin`, if this host still has it: by the newest first process that
+    /// there is.
+    pub fn bootable_with_base_of(&self, origin: &Origin) -> Option<&Bootable> {
+        let is_base = |bootable: &&Bootable| {
+            (&bootable.template.name, &bootable.template.digest)
+                == (&origin.template, &origin.template_digest)
+        };
+        self.bootables.values().chain(&self.kept).find(is_base)
+    }
+
+    /// Sees that the base image of `origin` stays for as long as something is made of it: called before that is told.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written down.
+    pub fn pin(&self, origin: &Origin) -> io::Result<()> {
+        self.bootable_with_base_of(origin).map_or(Ok(()), |bootable| self.pins.add(&bootable.template))
+    }
+
+    /// Lets go of all base images: for a host that ends for good.
+    ///
+    /// # Errors
+    ///
+    /// If a pin resists.
+    pub fn unpin_all(&self) -> io::Result<()> {
+        self.pins
+            .keep_only(self.bootables.values().chain(&self.kept).map(|bootable| &bootable.template), |_| {
+                false
+            })
     }
 
     /// The names of the templates.
@@ -160,13 +228,9 @@ impl Parts {
         self.bootables.get(name).ok_or_else(|| MakeError::NoTemplate(name.to_owned()))
     }
 
-    /// What a VM of `kind` that is started now is of.
-    ///
-    /// # Errors
-    ///
-    /// [`MakeError::NoTemplate`].
-    pub fn origin(&self, kind: &Kind) -> Result<Origin, MakeError> {
-        Ok(Origin::of(self.bootable(&kind.template)?, kind, self.vmm.version(), &self.processor))
+    /// What a VM of `kind` is of that is started with `bootable`.
+    pub fn origin(&self, bootable: &Bootable, kind: &Kind) -> Origin {
+        Origin::of(bootable, kind, self.vmm.version(), &self.processor)
     }
 
     /// The home of the VM called `vm`.
@@ -216,17 +280,51 @@ impl Parts {
         self.empty_layer.get_or_try_init(make).await.map(PathBuf::as_path)
     }
 
-    fn sweep_cache(&self) -> io::Result<()> {
-        let current: Vec<_> =
-            self.bootables.values().map(|bootable| bootable.initramfs.path.clone()).collect();
+    fn sweep_cache(&self, needed: &[Origin]) -> io::Result<()> {
+        let current = self.bootables.values().map(|bootable| &bootable.initramfs.digest);
+        let needed = needed.iter().map(|origin| &origin.initramfs_digest);
+        let mut stays: Vec<_> =
+            current.chain(needed).map(|digest| initramfs::place(&self.places.cache, digest)).collect();
+        stays.push(self.places.cache.join("layer.img"));
         for entry in fs::read_dir(&self.places.cache)? {
             let path = entry?.path();
-            if !current.contains(&path) && !path.ends_with("layer.img") {
+            if !stays.contains(&path) {
                 durable::remove(&path)?;
             }
         }
         Ok(())
     }
+}
+
+impl Bootable {
+    /// Whether a VM of `origin` was started with it.
+    fn is_of(&self, origin: &Origin) -> bool {
+        let own = (&self.template.name, &self.template.digest, &self.initramfs.digest);
+        own == (&origin.template, &origin.template_digest, &origin.initramfs_digest)
+    }
+}
+
+/// What the VMs and snapshots of this host are of, each once.
+fn origins(places: &Places, shelf: &Shelf) -> io::Result<Vec<Origin>> {
+    let mut found: Vec<Origin> = Vec::new();
+    let mut note = |origin: Origin| {
+        if !found.contains(&origin) {
+            found.push(origin);
+        }
+    };
+    for captured in shelf.all() {
+        // One that cannot be read needs nothing.
+        if let Ok(Some(manifest)) = places.snapshot(&captured.snapshot_id).read() {
+            note(manifest.origin);
+        }
+    }
+    for entry in fs::read_dir(&places.homes)? {
+        let name = entry?.file_name();
+        if let Ok(origin) = Origin::read(&Home::of(&places.homes, &name.to_string_lossy())) {
+            note(origin);
+        }
+    }
+    Ok(found)
 }
 
 fn snapshot_key(template: &Template, initramfs: &Initramfs, vmm: &dyn Vmm, processor: &str) -> String {

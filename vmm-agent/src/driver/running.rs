@@ -11,7 +11,7 @@ use super::{
     guest_link::GuestLink,
     home::Home,
     pages::GuestMemory,
-    parts::Parts,
+    parts::{Bootable, Parts},
     process::Process,
     snapshot::Place,
     vmm::{Launch, Machine, Memory, Start, VmmError},
@@ -44,7 +44,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Boots `kind` in `home`, whose layer is there. Its guest answers then.
+    /// Boots a VM in `home`, whose layer is there. Its guest answers then.
     ///
     /// # Errors
     ///
@@ -53,10 +53,10 @@ impl Running {
         parts: &Parts,
         home: &Home,
         cgroup: &Cgroup,
-        kind: &Kind,
+        (bootable, kind): (&Bootable, &Kind),
         memory: Memory,
     ) -> Result<Self, MakeError> {
-        let running = Self::launch(parts, home, cgroup, kind, memory, Start::Boot).await?;
+        let running = Self::launch(parts, home, cgroup, (bootable, kind), memory, Start::Boot).await?;
         let up = async {
             while let Err(error) = running.link.connect().await {
                 let console = running.console.as_ref().map(Console::tail);
@@ -86,7 +86,8 @@ impl Running {
         let base = golden.memory();
         on_disk(home, move |home| home.keep_base(&base)).await?;
         let memory = Memory::CopyOf(home.base());
-        let running = Self::launch(parts, home, cgroup, kind, memory, Start::Paused).await?;
+        let of = (parts.bootable(&kind.template)?, kind);
+        let running = Self::launch(parts, home, cgroup, of, memory, Start::Paused).await?;
         match running.unless_it_ends(telemetry::step("load", running.machine.load(&golden.state()))).await? {
             Ok(()) => Ok(running),
             Err(VmmError::Snapshot(reason)) => Err(CloneError::Snapshot(reason)),
@@ -107,26 +108,24 @@ impl Running {
         cgroup: &Cgroup,
         kind: &Kind,
     ) -> Result<Self, MakeError> {
-        let origin = parts.origin(kind)?;
-        let (from, known) = (place.clone(), parts.clone());
-        let begun = move |home: &Home| {
-            let Some(manifest) = from.read()? else { return Ok(None) };
-            if manifest.origin == origin && manifest.has_memory() {
-                from.verify_memory(&manifest, &known.verified)?;
-                home.keep_base(&from.memory())?;
-            }
-            let state = home.state_to_load(|file| from.copy_state(file))?;
-            Ok(Some((manifest, origin, state)))
-        };
-        let begun = telemetry::step("verify", unless_damaged(home, begun)).await?;
-        let Some((manifest, origin, state)) = begun else {
-            return Err(MakeError::Unusable("there is none".into()));
-        };
-        if manifest.origin != origin {
+        let read = place.clone();
+        let read = unless_damaged(home, move |_| read.read()).await?;
+        let manifest = read.ok_or_else(|| MakeError::Unusable("there is none".into()))?;
+        let bootable = parts.bootable_of(&manifest.origin);
+        let bootable = bootable.filter(|bootable| parts.origin(bootable, kind) == manifest.origin);
+        let Some(bootable) = bootable else {
             return Err(MakeError::Unusable("it is of another VMM, CPU, kernel or base image".into()));
-        }
-        let running =
-            Self::launch(parts, home, cgroup, kind, Memory::CopyOf(home.base()), Start::Paused).await?;
+        };
+        let (from, known) = (place.clone(), parts.clone());
+        let ready = move |home: &Home| {
+            from.verify_memory(&manifest, &known.verified)?;
+            home.keep_base(&from.memory())?;
+            let state = home.state_to_load(|file| from.copy_state(file))?;
+            Ok((manifest, state))
+        };
+        let (manifest, state) = telemetry::step("verify", unless_damaged(home, ready)).await?;
+        let memory = Memory::CopyOf(home.base());
+        let running = Self::launch(parts, home, cgroup, (bootable, kind), memory, Start::Paused).await?;
         let memory = running.memory(kind.memory_mb).await?;
         // Before the devices: they look at what the guest has left them there.
         let from = place.clone();
@@ -173,12 +172,11 @@ impl Running {
         parts: &Parts,
         home: &Home,
         cgroup: &Cgroup,
-        kind: &Kind,
+        (bootable, kind): (&Bootable, &Kind),
         memory: Memory,
         start: Start,
     ) -> Result<Self, MakeError> {
-        let bootable = parts.bootable(&kind.template)?;
-        let origin = parts.origin(kind)?;
+        let origin = parts.origin(bootable, kind);
         on_disk(home, move |home| origin.write(home)).await?;
         parts.create_group(cgroup, kind)?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;

@@ -56,7 +56,9 @@ const REBASE_ABOVE: u64 = 16 << 20;
 pub struct Origin {
     /// All that its memory depends on: VMM, CPU, kernel, first process, base image.
     pub snapshot_key: String,
-    /// The base image of its disk.
+    /// Its template.
+    pub template: String,
+    /// The base image of its disk: the template's, of this digest.
     pub template_digest: String,
     /// Virtual CPUs.
     pub cpu_count: u32,
@@ -66,7 +68,7 @@ pub struct Origin {
     pub vmm: String,
     /// The host's processor.
     pub processor: String,
-    /// SHA-256 of the initramfs, hex.
+    /// The initramfs, with the first process in it, by digest.
     pub initramfs_digest: String,
 }
 
@@ -75,6 +77,7 @@ impl Origin {
     pub fn of(bootable: &Bootable, kind: &Kind, vmm: &str, processor: &str) -> Self {
         Self {
             snapshot_key: bootable.snapshot_key.clone(),
+            template: bootable.template.name.clone(),
             template_digest: bootable.template.digest.clone(),
             cpu_count: kind.cpu_count,
             memory_mb: kind.memory_mb,

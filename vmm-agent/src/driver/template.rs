@@ -42,6 +42,17 @@ impl Template {
         self.dir.join("modules")
     }
 
+    /// The build of the template `name` that has this digest, in `image_dir`; `None` if it is not there, or not whole.
+    pub fn of(image_dir: &Path, name: &str, digest: &str) -> Option<Self> {
+        let found = Self::read(&image_dir.join(format!("{name}-{digest}"))).ok()?;
+        (found.name == name && found.digest == digest).then_some(found)
+    }
+
+    /// Where those who need this build say so ([`super::pins`]).
+    pub fn pins(&self) -> PathBuf {
+        self.dir.join("pins")
+    }
+
     fn read(path: &Path) -> io::Result<Self> {
         // What `NAME` links to now: a later build must not change what a VM is made of half-way.
         let dir = path.canonicalize()?;
