@@ -139,6 +139,8 @@ reasons! {
     Overloaded = "OVERLOADED", ResourceExhausted, 503;
     /// It took longer than allowed.
     DeadlineExceeded = "DEADLINE_EXCEEDED", DeadlineExceeded, 504;
+    /// The changes after that revision are no longer kept; watch anew, from what is there now.
+    WatchCompacted = "WATCH_COMPACTED", OutOfRange, 410;
     /// There is no such key.
     KeyNotFound = "KEY_NOT_FOUND", NotFound, 404;
     /// There is no such route.

@@ -1,7 +1,7 @@
 //! What the scheduler is made of, and the order in which it comes up and goes down.
 //!
 //! Up: copies of the records, keys, ledger, socket, reconciliation, membership. No gateway sees it before it answers.
-//! Down: out of the membership, calls drained, flows finished, reconciliation stopped, ledger emptied.
+//! Down: out of the membership, watches ended, calls drained, flows finished, reconciliation stopped, ledger emptied.
 
 use std::{sync::Arc, time::Duration};
 
@@ -43,6 +43,7 @@ use crate::{
         nodes::NodeRpc,
         present::Presenter,
         sandboxes::{MAX_DEADLINE, SandboxRpc},
+        watch::Watches,
     },
     sandboxes::Sandboxes,
     telemetry,
@@ -119,8 +120,9 @@ impl App {
         };
         let checkpoints = Checkpoints::new(sandboxes.clone(), store.clone(), views.clone()).await?;
         let presenter = Arc::new(Presenter { signer, hosts: hosts.clone(), activity });
+        let watches = Watches::new(store.clone(), sandboxes.clone(), presenter.clone(), stop.clone());
         let routes = routes(
-            SandboxRpc::new(sandboxes.clone(), presenter.clone()),
+            SandboxRpc::new(sandboxes.clone(), presenter.clone(), watches),
             CheckpointRpc::new(checkpoints.clone(), presenter),
             KeyRpc::new(store.clone(), clock),
             NodeRpc::new(store.clone(), hosts, sandboxes.clone()),

@@ -7,6 +7,7 @@
 //! - [`ledger`]: the only way by which records change, counts of hosts and tenants along with them.
 //! - [`agents`]: the hosts, as they are called.
 //! - [`sandboxes`]: creating, looking, deleting; [`flows`]: work that outlives its caller; [`activity`]: who is idle.
+//! - [`watch`]: what those who watch sandboxes are told.
 //! - [`checkpoints`]: taking sandboxes' states down, going back to them, branching from them.
 //! - [`reconcile`]: makes what is agree with what should be, after any crash.
 //! - [`rpc`]: the services; [`refusal`]: why a call is refused.
@@ -32,3 +33,4 @@ pub mod sandboxes;
 pub mod size;
 pub mod telemetry;
 pub mod validate;
+pub mod watch;

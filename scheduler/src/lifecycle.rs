@@ -23,7 +23,8 @@
 //!             └─────────── stay ───────────────┘
 //! ```
 //!
-//! - `CREATING` that nobody works on is *undone*: the record is removed. Its creator was never told of it.
+//! - `CREATING` that nobody works on is *undone*: it becomes `DELETED` at once. Its creator was never told of it, but
+//!   those who watch were.
 //! - `deleting` is not a state but a mark beside one: no call may use the sandbox any more, and its host is asked to end
 //!   it until it has.
 //! - *Hibernating* and *waking* are marks, too: `RUNNING` whose host is asked to store it, and `HIBERNATED` whose host is
@@ -120,6 +121,16 @@ pub fn run(
         active_at: Some(now.into()),
         ..record.clone()
     })
+}
+
+/// It was never made, and nobody works on it any more.
+///
+/// # Errors
+///
+/// [`Denied`] if it is not being created any more.
+pub fn undo(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, Denied> {
+    creating(record)?;
+    bury(&mark_deleting(record)?, now)
 }
 
 /// The record of a sandbox that is made of a snapshot, on the host that has it. Not stored yet.
@@ -390,6 +401,17 @@ pub fn is_deleted(record: &SandboxRecord) -> bool {
     record.deleting || record.state() == SandboxState::Deleted
 }
 
+/// Where it is in its life, marks included: what those who watch it are told.
+pub fn phase(record: &SandboxRecord) -> SandboxState {
+    match (record.state(), record.transition()) {
+        _ if is_deleted(record) => SandboxState::Deleted,
+        (_, SandboxTransition::Restoring) => SandboxState::Restoring,
+        (SandboxState::Running, SandboxTransition::Hibernating) => SandboxState::Hibernating,
+        (SandboxState::Hibernated, SandboxTransition::Waking) => SandboxState::Waking,
+        (state, _) => state,
+    }
+}
+
 /// Whether its host is being asked to store it.
 pub fn is_hibernating(record: &SandboxRecord) -> bool {
     record.state() == SandboxState::Running && record.transition() == SandboxTransition::Hibernating
@@ -461,6 +483,7 @@ mod tests {
     enum Step {
         Place,
         Run,
+        Undo,
         Fail,
         SetTimeout,
         MarkHibernating,
@@ -481,6 +504,7 @@ mod tests {
         let step = prop_oneof![
             Just(Step::Place),
             Just(Step::Run),
+            Just(Step::Undo),
             Just(Step::Fail),
             Just(Step::SetTimeout),
             Just(Step::MarkHibernating),
@@ -514,6 +538,7 @@ mod tests {
         match step {
             Step::Place => place(record, &format!("host-{second}")),
             Step::Run => run(record, &CreateVmResponse::default(), now),
+            Step::Undo => undo(record, now),
             Step::Fail => fail(record, "gone", now),
             Step::SetTimeout => set_timeout(record, 60, now),
             Step::MarkHibernating => mark_hibernating(record),

@@ -37,6 +37,12 @@ pub enum Refusal {
     /// Its host does not have it any more.
     #[error("the checkpoint is lost: its host does not have it any more")]
     CheckpointLost,
+    /// What changed since a revision is not known any more.
+    #[error("the changes after that revision are no longer kept: watch anew, without one")]
+    WatchCompacted,
+    /// As many streams of changes are open as may be.
+    #[error("too many watches at once, end some or try again")]
+    TooManyWatches,
     /// There is no such key.
     #[error("there is no such key")]
     KeyNotFound,
@@ -91,6 +97,8 @@ impl Refusal {
             Self::CheckpointNotReady => Reason::CheckpointNotReady,
             Self::CheckpointHasNoMemory => Reason::CheckpointHasNoMemory,
             Self::CheckpointLost => Reason::CheckpointDamaged,
+            Self::WatchCompacted => Reason::WatchCompacted,
+            Self::TooManyWatches => Reason::Overloaded,
             Self::KeyNotFound => Reason::KeyNotFound,
             Self::WrongSandbox => Reason::WrongSandbox,
             Self::NotAdmin => Reason::NotAdmin,

@@ -11,6 +11,7 @@ pub mod keys;
 pub mod nodes;
 pub mod present;
 pub mod sandboxes;
+pub mod watch;
 
 /// Who calls, as the gateway has verified.
 fn caller<T>(request: &Request<T>) -> Result<Caller, Refusal> {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures_util::{StreamExt as _, stream, stream::BoxStream};
 use oc_mesh::{
     caller::Caller,
     error::{Reason, status},
@@ -110,6 +111,20 @@ impl SandboxService for FakeScheduler {
             token: "d.e.f".into(),
             expires_at: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
         }))
+    }
+
+    type WatchSandboxStream = BoxStream<'static, Result<WatchSandboxResponse, Status>>;
+
+    /// Says how far it is once, and then nothing for ever; one that begins anew is over at once.
+    async fn watch_sandbox(
+        &self,
+        request: Request<WatchSandboxRequest>,
+    ) -> Result<Response<Self::WatchSandboxStream>, Status> {
+        self.note("WatchSandbox", &request);
+        let revision = request.get_ref().after_revision;
+        let begun = stream::iter([Ok(WatchSandboxResponse { event: None, revision })]);
+        let rest = if revision == 0 { stream::empty().boxed() } else { stream::pending().boxed() };
+        Ok(Response::new(begun.chain(rest).boxed()))
     }
 }
 

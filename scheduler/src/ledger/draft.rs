@@ -6,7 +6,10 @@ use oc_mesh::{
     keys, record,
     store::{Compare, Op, Revision, Txn},
 };
-use oc_proto::mesh::{HostRecord, SandboxRecord};
+use oc_proto::{
+    mesh::{HostRecord, SandboxRecord},
+    v1::SandboxState,
+};
 
 use super::{
     Change, LedgerError, Next,
@@ -67,6 +70,8 @@ impl<'a> Draft<'a> {
             Next::Record(record) => Some(record.clone()),
             Next::Removed => None,
         };
+        let changed_from = before.map_or(SandboxState::Unspecified, lifecycle::phase).into();
+        let next = next.map(|next| SandboxRecord { changed_from, ..next });
         for (account, share) in before.into_iter().flat_map(Account::of) {
             let count = self.count(&account).subtract(share);
             self.counts.insert(account, count);

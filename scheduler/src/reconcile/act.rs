@@ -90,7 +90,7 @@ impl Sandboxes {
                 // Best effort: what stays is a stray, and ended as such.
                 let epoch = stored.record.epoch;
                 let _ = self.agents.delete_vm(host_id, sandbox_id, epoch, None).await;
-                self.ledger.remove(stored).await?;
+                self.ledger.step(stored, |record| lifecycle::undo(record, now)).await?;
             }
             Action::Fail { failure } => {
                 let failed = self.ledger.step(stored, |record| lifecycle::fail(record, failure, now)).await?;

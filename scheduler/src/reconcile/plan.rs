@@ -30,7 +30,7 @@ const UNOWNED_GRACE: Duration = Duration::from_secs(3);
 /// What to do about one sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Nobody finishes making it: remove it.
+    /// Nobody finishes making it.
     Undo,
     /// Its microVM is lost.
     Fail {
@@ -153,7 +153,11 @@ fn judge_placed(record: &SandboxRecord, vm: Option<&Vm>, moment: Moment) -> Opti
         // A flow works on it, or it is undone without its host.
         SandboxState::Creating => None,
         SandboxState::Hibernated => judge_hibernated(record, vm),
-        SandboxState::Restoring | SandboxState::Unspecified => None,
+        // Never a record's.
+        SandboxState::Restoring
+        | SandboxState::Hibernating
+        | SandboxState::Waking
+        | SandboxState::Unspecified => None,
     }
 }
 

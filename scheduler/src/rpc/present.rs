@@ -28,24 +28,28 @@ impl Presenter {
     ///
     /// The token cannot be signed.
     pub fn show(&self, record: &SandboxRecord, caller: &Caller, now: SystemTime) -> Result<Sandbox, Refusal> {
-        let is_deleted = lifecycle::is_deleted(record);
-        let token = match is_deleted {
+        let token = match lifecycle::is_deleted(record) {
             true => String::new(),
             false => self.signer.sign(&record.tenant, &record.sandbox_id, now)?.0,
         };
+        Ok(Sandbox { token, ..self.describe(record, caller) })
+    }
+
+    /// The sandbox of this record, without a token, for this caller.
+    pub fn describe(&self, record: &SandboxRecord, caller: &Caller) -> Sandbox {
         let size = record.size.unwrap_or_default();
         let state = match record.state() {
-            _ if is_deleted => SandboxState::Deleted,
+            _ if lifecycle::is_deleted(record) => SandboxState::Deleted,
             _ if lifecycle::is_restoring(record) => SandboxState::Restoring,
             state => state,
         };
         let region = self.hosts.get(&record.host_id).map(|host| host.region.clone());
-        Ok(Sandbox {
+        Sandbox {
             sandbox_id: record.sandbox_id.clone(),
             template_id: record.template_id.clone(),
             state: state.into(),
             connect_url: caller.public_url.clone(),
-            token,
+            token: String::new(),
             cpu_count: size.cpu_count,
             memory_mb: size.memory_mb,
             disk_mb: size.disk_mb,
@@ -60,7 +64,7 @@ impl Presenter {
             start_path: start_path(record.start_path()).into(),
             from_checkpoint_id: record.from_checkpoint_id.clone(),
             forked_from: record.forked_from.clone(),
-        })
+        }
     }
 
     /// A fresh token for the sandbox of this record, and when it expires.

@@ -8,13 +8,18 @@ use oc_proto::{
         CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, DeleteSandboxResponse,
         GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse,
         ListSandboxesRequest, ListSandboxesResponse, RefreshTokenRequest, RefreshTokenResponse,
-        SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse,
+        SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse, WatchSandboxRequest,
         sandbox_service_server::SandboxService,
     },
 };
 use tonic::{Request, Response, Status};
 
-use super::{key_caller, present::Presenter, sandbox_caller};
+use super::{
+    key_caller,
+    present::Presenter,
+    sandbox_caller,
+    watch::{Events, Watches},
+};
 use crate::{
     lifecycle::{self, Denied},
     refusal::Refusal,
@@ -37,12 +42,13 @@ pub const MAX_DEADLINE: Duration = Duration::from_secs(180);
 pub struct SandboxRpc {
     sandboxes: Sandboxes,
     presenter: Arc<Presenter>,
+    watches: Watches,
 }
 
 impl SandboxRpc {
     /// Serves these sandboxes.
-    pub fn new(sandboxes: Sandboxes, presenter: Arc<Presenter>) -> Self {
-        Self { sandboxes, presenter }
+    pub fn new(sandboxes: Sandboxes, presenter: Arc<Presenter>, watches: Watches) -> Self {
+        Self { sandboxes, presenter, watches }
     }
 }
 
@@ -153,6 +159,12 @@ impl SandboxService for SandboxRpc {
         }
         let (token, expires_at) = self.presenter.token(&record, self.sandboxes.clock.now())?;
         Ok(Response::new(RefreshTokenResponse { token, expires_at: Some(expires_at.into()) }))
+    }
+
+    type WatchSandboxStream = Events;
+
+    async fn watch_sandbox(&self, request: Request<WatchSandboxRequest>) -> Result<Response<Events>, Status> {
+        Ok(Response::new(self.watches.open(request).await?))
     }
 }
 

@@ -5,7 +5,7 @@
 //!              │ quota, place     │ fails
 //!              ▼                  ├─► another host takes it: write CREATING, higher epoch ─┐
 //!            refuse               │                        ▲───────────────────────────────┘
-//!                                 └─► none left: remove the record, release its share, refuse
+//!                                 └─► none left: write DELETED, release its share, refuse
 //! ```
 //!
 //! Two durable transactions when all goes well; all else comes from memory. The answer follows the second. A scheduler
@@ -229,11 +229,11 @@ impl Sandboxes {
         });
     }
 
-    /// Removes the record and releases its share.
+    /// Writes that it was never made, and releases its share.
     async fn undo(&self, placed: Versioned) {
-        let sandbox_id = placed.record.sandbox_id.clone();
-        match self.ledger.remove(placed).await {
-            Ok(()) | Err(LedgerError::Conflict) => {}
+        let (sandbox_id, now) = (placed.record.sandbox_id.clone(), self.clock.now());
+        match self.ledger.step(placed, |record| lifecycle::undo(record, now)).await {
+            Ok(_) | Err(LedgerError::Conflict) => {}
             Err(error) => tracing::warn!(sandbox_id, %error, "its record is undone by reconciliation"),
         }
     }

@@ -7,6 +7,7 @@ pub mod exec;
 pub mod files;
 pub mod sandboxes;
 pub mod shell;
+pub mod watch;
 
 use std::{
     net::SocketAddr,

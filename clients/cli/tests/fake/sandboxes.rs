@@ -12,12 +12,12 @@ use oc_proto::v1::{
     GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse, Key,
     ListKeysRequest, ListKeysResponse, ListNodesRequest, ListNodesResponse, ListSandboxesRequest,
     ListSandboxesResponse, Node, RefreshTokenRequest, RefreshTokenResponse, Sandbox, SandboxState,
-    SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse,
+    SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse, WatchSandboxRequest,
     key_service_server::KeyService, node_service_server::NodeService, sandbox_service_server::SandboxService,
 };
 use tonic::{Code, Request, Response, Status};
 
-use super::{files::Entry, refused};
+use super::{files::Entry, refused, watch};
 
 /// Everything there is.
 #[derive(Default)]
@@ -31,6 +31,8 @@ pub struct State {
     pub forked_sandboxes: Vec<ForkSandboxRequest>,
     pub keys: Vec<Key>,
     pub files: BTreeMap<String, Entry>,
+    /// Where streams of changes were begun.
+    pub watched: Vec<WatchSandboxRequest>,
     /// How often hosts were listed: the pool fills meanwhile.
     pub looks: i32,
     /// Uploads that began.
@@ -154,6 +156,15 @@ impl SandboxService for Sandboxes {
         _: Request<RefreshTokenRequest>,
     ) -> Result<Response<RefreshTokenResponse>, Status> {
         Ok(Response::new(RefreshTokenResponse::default()))
+    }
+
+    type WatchSandboxStream = watch::Events;
+
+    async fn watch_sandbox(
+        &self,
+        request: Request<WatchSandboxRequest>,
+    ) -> Result<Response<watch::Events>, Status> {
+        watch::open(&self.0, request.into_inner()).map(Response::new)
     }
 }
 

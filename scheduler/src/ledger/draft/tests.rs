@@ -168,3 +168,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_record_names_where_it_was_before() {
+    let mut known = HashMap::new();
+    let (results, _) = play(&mut known, &[create(0, 1024)]);
+    let placed = results.into_iter().next().unwrap().unwrap().unwrap();
+    assert_eq!(placed.changed_from(), SandboxState::Unspecified);
+    let running = SandboxRecord { state: SandboxState::Running.into(), ..placed.clone() };
+    let (results, _) = play(&mut known, &[step(&placed, Next::Record(running))]);
+    let running = results.into_iter().next().unwrap().unwrap().unwrap();
+    assert_eq!(running.changed_from(), SandboxState::Creating);
+    let marked = lifecycle::mark_hibernating(&running).unwrap();
+    let (results, _) = play(&mut known, &[step(&running, Next::Record(marked))]);
+    let marked = results.into_iter().next().unwrap().unwrap().unwrap();
+    assert_eq!(marked.changed_from(), SandboxState::Running);
+    let marked = lifecycle::mark_deleting(&marked).unwrap();
+    let hibernating = SandboxRecord { transition: 1, ..running };
+    let (results, _) = play(&mut known, &[step(&hibernating, Next::Record(marked))]);
+    assert_eq!(results[0].as_ref().unwrap().as_ref().unwrap().changed_from(), lifecycle::phase(&hibernating));
+}

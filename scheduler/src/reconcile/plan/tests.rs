@@ -208,7 +208,8 @@ impl World {
             }
         };
         match action {
-            Action::Undo | Action::Collect => self.record = None,
+            Action::Undo => write(&mut self.record, &|r| lifecycle::undo(r, now)),
+            Action::Collect => self.record = None,
             Action::Fail { failure } => write(&mut self.record, &|r| lifecycle::fail(r, &failure, now)),
             Action::EndStray { epoch } => self.end(epoch),
             Action::FinishDelete => {
