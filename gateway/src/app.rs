@@ -167,6 +167,11 @@ impl App {
         }
     }
 
+    /// Cancelled when the gateway goes down.
+    pub(crate) fn draining(&self) -> CancellationToken {
+        self.readiness.draining.clone()
+    }
+
     /// Tells watchers of health that no new calls are to be sent.
     pub async fn drain(&self) {
         self.local.drain().await;

@@ -1,9 +1,10 @@
 //! gRPC, passed through on the port that REST has.
 //!
 //! A call is authenticated by its headers. Which host it goes to, and whether a token is for it, is decided by the
-//! sandbox that its [`first_message`] names; the rest of the call is relayed unread. [`local`] answers what the
-//! gateway answers itself: health and reflection, open to everyone.
+//! sandbox that its [`first_message`] names; the rest of the call is relayed unread. [`endless`] streams end when the
+//! gateway goes down. [`local`] answers what the gateway answers itself: health and reflection, open to everyone.
 
+pub mod endless;
 pub mod first_message;
 pub mod local;
 
@@ -76,7 +77,8 @@ async fn pass_through(
     let channel = app.upstreams.choose(rpc, &identity, sandbox.as_deref(), &trusted, patience).await?;
     make_trusted(&mut parts.headers);
     parts.headers.extend(trusted);
-    Ok(relay::relay(channel, Request::from_parts(parts, body), ()).await)
+    let response = relay::relay(channel, Request::from_parts(parts, body), ()).await;
+    Ok(if endless::is_endless(rpc) { endless::until(response, app.draining()) } else { response })
 }
 
 fn must_know_sandbox(rpc: &Rpc, identity: &Identity) -> bool {

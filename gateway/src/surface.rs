@@ -52,6 +52,7 @@ const TOKEN_SUFFICES: &[&str] = &[
     "oc.v1.SandboxService.RefreshToken",
     "oc.v1.SandboxService.SetTimeout",
     "oc.v1.SandboxService.WakeSandbox",
+    "oc.v1.SandboxService.WatchSandbox",
 ];
 
 /// Why the contract cannot be served. Found at start: a fault of the build, not of its surroundings.
@@ -197,6 +198,7 @@ mod tests {
         assert_eq!(access("/oc.v1.SandboxService/CreateSandbox"), Some((Access::Tenant, Backend::Scheduler)));
         assert_eq!(access("/oc.v1.SandboxService/DeleteSandbox"), Some((Access::Tenant, Backend::Scheduler)));
         assert_eq!(access("/oc.v1.SandboxService/RefreshToken"), Some((Access::Sandbox, Backend::Scheduler)));
+        assert_eq!(access("/oc.v1.SandboxService/WatchSandbox"), Some((Access::Sandbox, Backend::Scheduler)));
         assert_eq!(access("/oc.v1.KeyService/CreateKey"), Some((Access::Admin, Backend::Scheduler)));
         assert_eq!(access("/oc.mesh.v1.AgentService/CreateVm"), None);
         assert_eq!(surface.find("/oc.v1.SandboxService/CreateSandbox").unwrap().success, 201);

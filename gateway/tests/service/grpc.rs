@@ -5,8 +5,9 @@ use oc_mesh::error::reason_of;
 use oc_proto::{
     google::api::HttpBody,
     v1::{
-        ReadFileRequest, RunRequest, WriteFileRequest, exec_service_client::ExecServiceClient,
-        file_service_client::FileServiceClient,
+        ReadFileRequest, RunRequest, WatchSandboxRequest, WriteFileRequest,
+        exec_service_client::ExecServiceClient, file_service_client::FileServiceClient,
+        sandbox_service_client::SandboxServiceClient,
     },
 };
 use prost_reflect::DynamicMessage;
@@ -92,6 +93,32 @@ async fn files_stream_both_ways() {
         last = message.err();
     }
     assert_eq!(last.and_then(|error| reason_of(&error)).as_deref(), Some("HOST_UNAVAILABLE"));
+}
+
+#[tokio::test]
+async fn a_watch_lasts_until_the_gateway_stops() {
+    let mesh = Mesh::start().await;
+    let mut client = SandboxServiceClient::new(mesh.channel().await);
+    let mut watch = async |credential: &str, id: &str| {
+        let request = WatchSandboxRequest { sandbox_id: id.into(), after_revision: 7 };
+        client.watch_sandbox(with(credential, request)).await.map(tonic::Response::into_inner)
+    };
+    let token = mesh.token(SANDBOX);
+    for sandbox in [FOREIGN, ""] {
+        let error = watch(&token, sandbox).await.unwrap_err();
+        assert_eq!(reason_of(&error).as_deref(), Some("WRONG_SANDBOX"), "{sandbox}");
+    }
+    let mut streams = [watch(&mesh.key, "").await.unwrap(), watch(&token, SANDBOX).await.unwrap()];
+    for stream in &mut streams {
+        assert_eq!(stream.next().await.unwrap().unwrap().revision, 7);
+    }
+    mesh.stop.cancel();
+    for stream in &mut streams {
+        // Long before the drain is over.
+        let ended = tokio::time::timeout(Duration::from_secs(5), stream.next()).await.expect("it goes on");
+        let error = ended.unwrap().unwrap_err();
+        assert_eq!(reason_of(&error).as_deref(), Some("HOST_UNAVAILABLE"));
+    }
 }
 
 #[tokio::test]
