@@ -70,6 +70,8 @@ pub enum Command {
     Get(OneSandbox),
     /// Delete sandboxes
     Kill(SomeSandboxes),
+    /// Print every change of sandboxes as it happens, until Ctrl-C or until those named are deleted
+    Watch(WatchArguments),
     /// Run a command in a sandbox, and end with its exit code
     Exec(ExecArguments),
     /// Look at, copy and change files in a sandbox
@@ -164,6 +166,16 @@ pub struct CreateArguments {
     /// Attached to the sandbox; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = name_and_value)]
     pub metadata: Vec<(String, String)>,
+}
+
+/// `oc watch`.
+#[derive(Debug, Args)]
+pub struct WatchArguments {
+    /// IDs of the sandboxes; all of them if left out
+    pub ids: Vec<String>,
+    /// Only what changed after this revision: the last that was printed
+    #[arg(long, value_name = "REVISION")]
+    pub after: Option<u64>,
 }
 
 /// `oc exec`.

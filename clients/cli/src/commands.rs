@@ -10,6 +10,7 @@ pub mod keys;
 pub mod nodes;
 pub mod remote_path;
 pub mod sandboxes;
+pub mod watch;
 
 use std::{env, path::PathBuf};
 
@@ -37,6 +38,7 @@ pub async fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
         Command::Ls => sandboxes::list(&connect(&global).await?, output).await?,
         Command::Get(one) => sandboxes::get(&connect(&global).await?, one.id, output).await?,
         Command::Kill(some) => sandboxes::kill(&connect(&global).await?, some.ids, output).await?,
+        Command::Watch(arguments) => watch::run(&connect(&global).await?, arguments, output).await?,
         Command::Sandbox(command) => run_sandbox(&connect(&global).await?, command, output).await?,
         Command::Checkpoint(command) => checkpoints::run(&connect(&global).await?, command, output).await?,
         Command::Fork(arguments) => forks::fork(&connect(&global).await?, arguments, output).await?,

@@ -131,6 +131,11 @@ impl Failure {
         let _ = writeln!(io::stderr(), "{text}");
     }
 
+    /// Whether it is the mesh that says so, not the transport.
+    pub fn is_from_mesh(&self) -> bool {
+        matches!(self, Self::Rpc(status) if reason_of(status).is_some())
+    }
+
     /// Whether the mesh gave this reason.
     pub fn has_reason(&self, reason: &str) -> bool {
         matches!(self, Self::Rpc(status) if reason_of(status).as_deref() == Some(reason))

@@ -43,6 +43,7 @@ shown!(
     Node,
     RunResponse,
     Sandbox,
+    SandboxEvent,
 );
 
 /// The message as REST shows it.
