@@ -11,6 +11,7 @@ mod host;
 mod main_job;
 mod refusals;
 mod tenants;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -67,6 +68,9 @@ fn main() -> ExitCode {
         tenants:
             another_tenants_sandbox_is_not_there,
             a_revoked_key_opens_nothing;
+        watch:
+            every_change_is_seen_once_however_often_the_stream_is_cut,
+            a_watch_says_what_it_cannot_show;
         clients:
             the_published_python_client_works_unmodified,
             oc_does_the_main_job,
