@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fmt, io,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -10,6 +11,7 @@ use futures_util::future::BoxFuture;
 use oc_proto::mesh::{
     ActivateRequest, QuiesceRequest, WakeRequest, guest_service_client::GuestServiceClient,
 };
+use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
 use tonic::Status;
 use tracing::{error, warn};
@@ -30,6 +32,9 @@ const QUIET_WITHIN: Duration = Duration::from_secs(10);
 const FROZEN_FOR: Duration = Duration::from_secs(8);
 /// A guest that goes on answers in milliseconds.
 const THAWS_WITHIN: Duration = Duration::from_secs(20);
+/// What a guest says of what it has renewed: words, and bytes of each.
+const MAX_RENEWED: usize = 32;
+const MAX_WORD: usize = 64;
 /// A process that was killed may take a moment to let go of its cgroup and files.
 const REMOVE_ATTEMPTS: u32 = 6;
 
@@ -102,12 +107,13 @@ pub struct MicroVm {
     id: String,
     journal: Journal,
     instance: Box<dyn Instance>,
+    renewed: Mutex<Arc<[String]>>,
 }
 
 impl MicroVm {
     /// The VM called `id`, written down in `journal`.
     pub fn new(id: String, journal: Journal, instance: Box<dyn Instance>) -> Self {
-        Self { id, journal, instance }
+        Self { id, journal, instance, renewed: Mutex::default() }
     }
 
     /// Its name on this host.
@@ -196,10 +202,18 @@ impl MicroVm {
             envs: identity.envs,
             disk_mb: i32::try_from(identity.disk_mb).unwrap_or(i32::MAX),
         };
-        telemetry::step("activate", self.guest_service()?.activate(request))
+        let activated = telemetry::step("activate", self.guest_service()?.activate(request))
             .await
             .map_err(|status| MakeError::Guest(Box::new(status)))?;
+        // Whatever a guest says, it is not much.
+        let renewed = activated.into_inner().renewed.into_iter().filter(|word| word.len() <= MAX_WORD);
+        *self.renewed.lock() = renewed.take(MAX_RENEWED).collect();
         Ok(())
+    }
+
+    /// What its guest says that it has made its own, when it was told who it is.
+    pub fn renewed(&self) -> Arc<[String]> {
+        self.renewed.lock().clone()
     }
 
     /// Tells a guest that was away what time it is, gives it entropy, and thaws it. The guest has answered then.

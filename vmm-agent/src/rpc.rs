@@ -58,10 +58,13 @@ impl AgentService for AgentRpc {
         let owner = Owner { sandbox, epoch: Epoch(request.epoch) };
         let mut order = parse_order(request.template_id, request.size, request.envs)?;
         order.source = request.snapshot.map(parse_source).transpose()?;
+        let sandbox = owner.sandbox.clone();
         let path = self.host.create(owner, order).await.map_err(|error| vm_status(&error))?;
+        let renewed = self.host.find(&sandbox).map(|vm| vm.status().renewed).unwrap_or_default();
         Ok(Response::new(CreateVmResponse {
             accelerator: self.accelerator.clone(),
             start_path: start_path(path).into(),
+            renewed: renewed.to_vec(),
         }))
     }
 

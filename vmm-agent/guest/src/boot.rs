@@ -29,6 +29,10 @@ const MODULES: &str = "/modules";
 const APPEARS_WITHIN: Duration = Duration::from_secs(30);
 /// Where the machine's ID is.
 pub const MACHINE_ID: &str = "/run/machine-id";
+/// Where the boot's ID is, in the place of the kernel's, which all clones share.
+pub const BOOT_ID: &str = "/run/boot-id";
+/// What tells one boot of a kernel from the next (random(4)).
+const KERNELS_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Processes and threads that a user may have in a small guest.
 const MIN_PROCESSES: u64 = 256;
 const POLL: Duration = Duration::from_millis(1);
@@ -93,6 +97,9 @@ pub fn boot() -> io::Result<Layer> {
     if Path::new("/etc/machine-id").is_file() {
         attach(MACHINE_ID, "/etc/machine-id", "", MsFlags::MS_BIND, "")?;
     }
+    fs::copy(KERNELS_BOOT_ID, BOOT_ID)?;
+    fs::set_permissions(BOOT_ID, fs::Permissions::from_mode(0o444))?;
+    attach(BOOT_ID, KERNELS_BOOT_ID, "", MsFlags::MS_BIND, "")?;
     loopback_up()?;
     limit_processes()?;
     Ok(layer)

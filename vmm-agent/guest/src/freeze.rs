@@ -17,6 +17,8 @@ mod calls {
     nix::ioctl_write_ptr!(resize, b'f', 16, u64);
 }
 
+/// In the layer's topmost directory: the sandbox that it is.
+const OWNER: &str = "sandbox-id";
 /// The device of the layer.
 const DEVICE_SIZE: &str = "/sys/block/vdb/size";
 /// How long the device may take to have the size that the host gave it.
@@ -57,6 +59,35 @@ impl Layer {
         // SAFETY: the descriptor is open, and the argument is a valid integer.
         unsafe { calls::freeze(self.0.as_raw_fd(), &raw mut ignored) }?;
         Ok(())
+    }
+
+    /// The sandbox that the filesystem was when its state was last taken; `None` if that never was.
+    ///
+    /// # Errors
+    ///
+    /// If the disk fails.
+    pub fn owner(&self) -> io::Result<Option<String>> {
+        match fs::read_to_string(self.owner_file()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            read => read.map(Some),
+        }
+    }
+
+    /// Writes down which sandbox the filesystem is.
+    ///
+    /// # Errors
+    ///
+    /// If the disk is full or fails.
+    pub fn set_owner(&self, sandbox_id: &str) -> io::Result<()> {
+        if self.owner()?.as_deref() == Some(sandbox_id) {
+            return Ok(());
+        }
+        fs::write(self.owner_file(), sandbox_id)
+    }
+
+    /// Beside what overlayfs shows: no process of the sandbox's sees it. The directory is not mounted where it was.
+    fn owner_file(&self) -> String {
+        format!("/proc/self/fd/{}/{OWNER}", self.0.as_raw_fd())
     }
 
     /// Lets writers go on. Fine if it is not frozen.

@@ -17,7 +17,7 @@ use tokio::{
 };
 use tonic::{Request, Response, Status};
 
-use crate::{boot, clock, freeze::Layer, refusal::Refusal};
+use crate::{boot, clock, freeze::Layer, host_keys, refusal::Refusal};
 
 /// Entropy that a clone must be given at least, bytes.
 const MIN_ENTROPY: usize = 32;
@@ -45,12 +45,14 @@ pub struct Guest {
     identity: Identity,
     layer: Layer,
     thaw: Mutex<Option<JoinHandle<()>>>,
+    /// The sandbox that it was last told that it is; empty if none.
+    sandbox_id: Mutex<String>,
 }
 
 impl Guest {
     /// A guest whose writes go to `layer`.
     pub fn new(identity: Identity, layer: Layer) -> Self {
-        Self { identity, layer, thaw: Mutex::new(None) }
+        Self { identity, layer, thaw: Mutex::new(None), sandbox_id: Mutex::default() }
     }
 
     /// Lets writers go on after `after`, unless another plan is made.
@@ -90,14 +92,23 @@ impl GuestService for Guest {
         self.layer.thaw();
         let failed = |error: io::Error| Refusal::Internal.status(error.to_string());
         // On this thread: no step waits, and a clone has no other yet that would know its code.
-        let kernel = renew(&request).map_err(failed)?;
+        let (kernel, mut renewed) = renew(&request).map_err(failed)?;
+        let owner = self.layer.owner().map_err(failed)?;
+        if !request.sandbox_id.is_empty() && owner.is_some_and(|owner| owner != request.sandbox_id) {
+            let keys = spawn_blocking(host_keys::renew).await;
+            if keys.map_err(|error| Refusal::Internal.status(error.to_string()))?.map_err(failed)? {
+                renewed.push("ssh-host-keys");
+            }
+        }
+        *self.sandbox_id.lock().unwrap_or_else(PoisonError::into_inner) = request.sandbox_id;
         let mib = u64::try_from(request.disk_mb).unwrap_or_default();
         if self.layer.is_smaller(mib).map_err(failed)? {
             let layer = self.layer.clone();
             let grown = spawn_blocking(move || layer.grow(mib)).await;
             grown.map_err(|error| Refusal::Internal.status(error.to_string()))?.map_err(failed)?;
         }
-        Ok(Response::new(ActivateResponse { version: env!("CARGO_PKG_VERSION").into(), kernel }))
+        let renewed = renewed.into_iter().map(str::to_owned).collect();
+        Ok(Response::new(ActivateResponse { version: env!("CARGO_PKG_VERSION").into(), kernel, renewed }))
     }
 
     async fn wake(&self, request: Request<WakeRequest>) -> Result<Response<WakeResponse>, Status> {
@@ -117,7 +128,15 @@ impl GuestService for Guest {
             self.plan_thaw(Some(Duration::from_millis(u64::from(after.unsigned_abs()))));
         }
         let layer = self.layer.clone();
-        let ready = spawn_blocking(move || if after == 0 { layer.write_back() } else { layer.freeze() });
+        let sandbox_id = self.sandbox_id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let ready = spawn_blocking(move || match after {
+            0 => layer.write_back(),
+            _ => {
+                // Whatever begins with this disk is to know whose it was.
+                layer.set_owner(&sandbox_id)?;
+                layer.freeze()
+            }
+        });
         ready
             .await
             .map_err(|error| Refusal::Internal.status(error.to_string()))?
@@ -138,15 +157,23 @@ fn enough_entropy(entropy: &[u8]) -> Result<(), Status> {
     }
 }
 
-/// Makes this guest another than every clone of the same snapshot. Returns the kernel's release.
-fn renew(request: &ActivateRequest) -> io::Result<String> {
+/// Makes this guest another than every clone of the same snapshot. Returns the kernel's release, and what was renewed.
+fn renew(request: &ActivateRequest) -> io::Result<(String, Vec<&'static str>)> {
     clock::set(request.unix_time_ns)?;
     clock::add_randomness(&request.entropy)?;
     nix::unistd::sethostname(&request.hostname)?;
+    let mut renewed = vec!["clock", "entropy", "hostname", "environment"];
     if !request.sandbox_id.is_empty() {
         fs::write(boot::MACHINE_ID, machine_id()?)?;
+        fs::write(boot::BOOT_ID, boot_id()?)?;
+        renewed.extend(["machine-id", "boot-id"]);
     }
-    Ok(nix::sys::utsname::uname()?.release().to_string_lossy().into_owned())
+    Ok((nix::sys::utsname::uname()?.release().to_string_lossy().into_owned(), renewed))
+}
+
+/// A random UUID (RFC 9562, version 4) and a line end, as the kernel makes one.
+fn boot_id() -> io::Result<String> {
+    fs::read_to_string("/proc/sys/kernel/random/uuid")
 }
 
 /// 32 hexadecimal digits and a line end, from the kernel's renewed generator.

@@ -17,6 +17,7 @@ pub mod clock;
 pub mod exec;
 pub mod files;
 pub mod freeze;
+mod host_keys;
 pub mod identity;
 pub mod port;
 pub mod refusal;

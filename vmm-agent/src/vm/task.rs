@@ -42,6 +42,8 @@ pub struct Status {
     pub phase: Phase,
     /// How it was started, once it was.
     pub path: Option<StartPath>,
+    /// What its guest has made its own when it was told who it is.
+    pub renewed: Arc<[String]>,
     /// Why it is lost.
     pub failure: Option<Arc<str>>,
     /// Why it could not be started, or woken.
@@ -157,6 +159,7 @@ impl Vm {
         let status = Status {
             phase: Phase::Starting,
             path: None,
+            renewed: Arc::default(),
             failure: None,
             start_error: None,
             stored_bytes: 0,
@@ -485,6 +488,8 @@ impl Task {
             Some(Ok(path)) => {
                 self.predecessor = None;
                 let guest = microvm.as_ref().and_then(MicroVm::guest);
+                let renewed = microvm.as_ref().map(MicroVm::renewed).unwrap_or_default();
+                self.publish.send_modify(|status| status.renewed = renewed);
                 self.runs(path, guest);
                 Transition::Run
             }
