@@ -118,6 +118,7 @@ pub fn run(
         state: SandboxState::Running.into(),
         accelerator: made.accelerator.clone(),
         start_path: made.start_path,
+        renewed: made.renewed.clone(),
         active_at: Some(now.into()),
         ..record.clone()
     })
@@ -307,6 +308,7 @@ pub fn restore(
         checkpoint_id: record.restoring_id.clone(),
         accelerator: made.accelerator.clone(),
         start_path: made.start_path,
+        renewed: made.renewed.clone(),
         stored_bytes: 0,
         active_at: Some(now.into()),
         reserved: true,

@@ -123,9 +123,12 @@ pub async fn a_checkpoint_is_gone_back_to_and_branched_from(mesh: Arc<Mesh>) -> 
     for (number, child) in live.iter().enumerate() {
         let facts = child.get().await?.expect(200)?.json();
         assert_eq!((&facts["fromCheckpointId"], &facts["timeout"]), (&first["id"], &json!(60)));
+        let renewed = ["clock", "entropy", "hostname", "environment", "machine-id", "boot-id"];
+        assert_eq!(facts["renewed"], json!(renewed));
         assert_eq!(witness(child).await?.0, who, "its processes came along");
         assert_eq!(child.run("cat file; hostname; echo $A $B").await?, "first\nsandbox\nchild kept\n");
-        for secret in ["cat /etc/machine-id", "head -c 16 /dev/urandom | od -An -tx1"] {
+        let boot_id = "cat /proc/sys/kernel/random/boot_id";
+        for secret in ["cat /etc/machine-id", "head -c 16 /dev/urandom | od -An -tx1", boot_id] {
             assert!(seen.insert(child.run(secret).await?), "two have the same: {secret}");
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
@@ -216,6 +219,29 @@ pub async fn a_running_sandbox_branches_while_it_goes_on(mesh: Arc<Mesh>) -> any
         Ok(())
     })
     .await
+}
+
+pub async fn a_fork_has_ssh_host_keys_of_its_own(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+    let rest = mesh.rest();
+    let sandbox = rest.create(json!({})).await?;
+    let keys = "cat /etc/ssh/ssh_host_ed25519_key.pub | cut -d ' ' -f 2";
+    sandbox
+        .run_as_root("mkdir -p /etc/ssh; ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key")
+        .await?;
+    let mut seen = HashSet::from([sandbox.run(keys).await?]);
+    let taken = checkpoint(&rest, &sandbox, json!({ "name": "with keys" })).await?;
+    for mode in ["live", "cold"] {
+        let forks = fork(&rest, &of(&taken, "/fork"), json!({ "mode": mode })).await?;
+        assert!(seen.insert(forks[0].run(keys).await?), "a {mode} fork has the keys of another");
+        let renewed = forks[0].get().await?.json()["renewed"].clone();
+        assert!(renewed.as_array().unwrap().contains(&json!("ssh-host-keys")), "{renewed}");
+        delete_all(forks).await?;
+    }
+    // One that is put back is who it was.
+    restore(&rest, &sandbox, &taken).await?.expect(200)?;
+    assert!(seen.contains(&sandbox.run(keys).await?));
+    rest.delete(&of(&taken, "")).await?.expect(204)?;
+    sandbox.delete().await
 }
 
 pub async fn forks_share_what_none_of_them_changed(mesh: Arc<Mesh>) -> anyhow::Result<()> {

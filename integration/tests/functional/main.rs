@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         checkpoints:
             a_checkpoint_is_gone_back_to_and_branched_from,
             a_running_sandbox_branches_while_it_goes_on,
+            a_fork_has_ssh_host_keys_of_its_own,
             forks_share_what_none_of_them_changed,
             bad_checkpoints_and_forks_are_refused,
             there_is_an_end_to_checkpoints,

@@ -64,6 +64,7 @@ impl Presenter {
             start_path: start_path(record.start_path()).into(),
             from_checkpoint_id: record.from_checkpoint_id.clone(),
             forked_from: record.forked_from.clone(),
+            renewed: record.renewed.clone(),
         }
     }
 
