@@ -32,7 +32,7 @@ use crate::{
     rpc::{parse_sandbox, unknown, vm_status},
     vm::{
         decide::Phase,
-        task::{Vm, VmError},
+        handle::{Vm, VmError},
     },
 };
 

@@ -28,8 +28,9 @@ use crate::{
     tombstones::{self, Tombstones},
     vm::{
         decide::{Denied, Phase},
+        handle::{Vm, VmError},
         start::{Order, Origin, StartError, Starter},
-        task::{Surroundings, Vm, VmError},
+        task::Surroundings,
     },
     workshop::Workshop,
 };

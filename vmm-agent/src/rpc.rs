@@ -24,8 +24,8 @@ use crate::{
     microvm::{Kind, MakeError},
     vm::{
         decide::{Denied, Phase},
+        handle::VmError,
         start::{Order, Source, StartError},
-        task::VmError,
     },
 };
 

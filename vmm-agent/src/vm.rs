@@ -22,7 +22,7 @@
 //!
 //! A VM that waits in the pool belongs to the pool ([`crate::pool`]). From the create on there is one *task* per
 //! sandbox ([`task`]) with one bounded queue. It alone moves the sandbox from phase to phase, starts and ends the
-//! VM and writes its journal; everybody else holds a [`Vm`] and asks. What a request or event does in which phase
+//! VM and writes its journal; everybody else holds a [handle](handle::Vm) and asks. What a request or event does in which phase
 //! is decided by a pure function ([`decide`]). The phase is published on a `watch`: a caller that joins a start or
 //! a deletion waits there, and may go away at any time without any effect on the VM.
 //!
@@ -41,6 +41,7 @@
 pub mod activity;
 pub mod decide;
 pub mod halt;
+pub mod handle;
 pub mod sleep;
 pub mod start;
 pub mod task;

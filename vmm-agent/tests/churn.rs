@@ -13,7 +13,7 @@ use std::{
 
 use oc_vmm_agent::vm::{
     decide::{Denied, Phase},
-    task::VmError,
+    handle::VmError,
 };
 use parking_lot::Mutex;
 use tokio::{task::JoinSet, time::timeout};

@@ -6,7 +6,7 @@ mod world;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use oc_vmm_agent::vm::{decide::Phase, task::VmError};
+use oc_vmm_agent::vm::{decide::Phase, handle::VmError};
 use tokio::runtime::Runtime;
 use world::{Agent, DEADLINE, World, eventually, id, order, owner};
 

@@ -11,7 +11,7 @@ use oc_proto::v1::{RunRequest, RunResponse, exec_service_client::ExecServiceClie
 use oc_vmm_agent::{
     data_plane::ExecPlane,
     host::Host,
-    vm::{decide::Denied, task::VmError},
+    vm::{decide::Denied, handle::VmError},
 };
 use tonic::{Request, Status};
 use world::{Agent, World, eventually, id, order, owner};

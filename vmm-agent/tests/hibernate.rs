@@ -15,8 +15,8 @@ use oc_vmm_agent::{
     journal::StartPath,
     vm::{
         decide::{Denied, Phase},
+        handle::VmError,
         start::StartError,
-        task::VmError,
     },
 };
 use tokio::runtime::Runtime;

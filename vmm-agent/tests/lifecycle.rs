@@ -12,8 +12,8 @@ use oc_vmm_agent::{
     journal::StartPath,
     vm::{
         decide::{Denied, Phase},
+        handle::VmError,
         start::StartError,
-        task::VmError,
     },
 };
 use world::{Agent, World, eventually, id, order, owner};

@@ -11,8 +11,8 @@ use oc_vmm_agent::{
     journal::StartPath,
     vm::{
         decide::{Denied, Phase},
+        handle::VmError,
         start::{Order, Source, StartError},
-        task::VmError,
     },
 };
 use tokio::runtime::Runtime;

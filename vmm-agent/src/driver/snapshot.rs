@@ -11,29 +11,30 @@
 //! ```
 //!
 //! While a VM has changed little, `memory.img` is the very image that it maps itself, by another name, and what it changed
-//! is in `pages.bin`. Of one that has changed more than [`REBASE_ABOVE`], `memory.img` is an image of its own: a copy of
+//! is in `pages.bin`. Of one that has changed more than 16 MiB, `memory.img` is an image of its own: a copy of
 //! the one that it maps, sharing its blocks where the filesystem can, with the changes written over it. So what many
 //! make of it is in memory once, and what follows begins with no changes again.
 //!
 //! A hibernated VM's is good for the disk that it was taken with and no other: whoever lets the VM go on writes that down
 //! first, and then removes it.
 
+mod draft;
+
 use std::{
-    fs::{DirBuilder, OpenOptions, Permissions},
+    fs::OpenOptions,
     io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
-use fs_err::{self as fs, File, os::unix::fs::chown};
+use fs_err::{self as fs, File};
 use serde::{Deserialize, Serialize};
 
+pub use self::draft::Draft;
 use super::{
     digests::{Digests, Verified},
     durable,
-    home::{Home, SNAPSHOT_GID},
-    layer,
-    pages::{GuestMemory, Pages, Run, sha256_of},
+    home::Home,
+    pages::{GuestMemory, Pages, sha256_of},
     parts::Bootable,
 };
 use crate::{backend::Circumstances, microvm::Kind};
@@ -46,10 +47,6 @@ const LAYER: &str = "layer.img";
 const MANIFEST: &str = "manifest.json";
 /// The format of a snapshot: another version of ours does not guess.
 const FORMAT: u32 = 2;
-
-/// Changed memory above which a snapshot gets an image of its own, bytes. Below, copying the pages into each VM that is
-/// made of it costs less than an image, and they go on sharing the one that their like share.
-const REBASE_ABOVE: u64 = 16 << 20;
 
 /// What a VM was started with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -333,179 +330,6 @@ fn verify(path: &Path, expected: Option<&str>, verified: &Verified) -> io::Resul
 /// Where the digests of an image are.
 pub fn digests_of(image: &Path) -> PathBuf {
     image.with_extension("digests")
-}
-
-/// A snapshot in the making, under a name that nothing takes for one.
-#[derive(Debug)]
-pub struct Draft {
-    place: PathBuf,
-    dir: PathBuf,
-    /// What is written over the copy of the image, or beside the image.
-    memory: Option<MemoryDraft>,
-    layer: Option<File>,
-}
-
-#[derive(Debug)]
-struct MemoryDraft {
-    state: PathBuf,
-    /// An image of its own, if it gets one.
-    image: Option<File>,
-    runs: Vec<Run>,
-    pages: File,
-}
-
-impl Draft {
-    /// Begins a snapshot of the VM in `home`, with `memory` unless it is to be of its disk alone. The VM still runs: what
-    /// takes long and can be done before it is paused is done here.
-    ///
-    /// # Errors
-    ///
-    /// If the disk does not take it.
-    pub fn begin(place: &Place, home: &Home, memory: Option<&GuestMemory>) -> io::Result<Self> {
-        durable::remove_whole(&place.0)?;
-        let dir = durable::draft_of(&place.0);
-        DirBuilder::new().mode(0o700).create(&dir)?;
-        let memory = match memory {
-            None => None,
-            Some(memory) => {
-                let base = home.base();
-                let has_base = base.try_exists()?;
-                let changed: u64 = memory.own()?.iter().map(|run| run.bytes()).sum();
-                let target = dir.join(MEMORY);
-                let image = match has_base && changed <= REBASE_ABOVE {
-                    true => {
-                        fs::hard_link(&base, &target)?;
-                        None
-                    }
-                    false => Some(new_image(&base, has_base, &target, memory.bytes)?),
-                };
-                let pages = File::create_new(dir.join(PAGES))?;
-                Some(MemoryDraft { state: home.state_to_save()?, image, runs: Vec::new(), pages })
-            }
-        };
-        Ok(Self { place: place.0.clone(), dir, memory, layer: None })
-    }
-
-    /// Where the VMM is to write the devices' state, which it does while the VM is paused.
-    pub fn state(&self) -> Option<&Path> {
-        self.memory.as_ref().map(|memory| memory.state.as_path())
-    }
-
-    /// Takes what can only be taken while the VM is paused: the pages of `memory`, and a copy of its disk.
-    ///
-    /// # Errors
-    ///
-    /// If the VM has ended, or the disk does not take it.
-    pub fn take(&mut self, memory: Option<&GuestMemory>, layer: Option<&Path>) -> io::Result<()> {
-        if let (Some(draft), Some(memory)) = (&mut self.memory, memory) {
-            draft.runs = memory.own()?;
-            match &draft.image {
-                Some(image) => memory.save_over(&draft.runs, image.file())?,
-                None => memory.save(&draft.runs, draft.pages.file())?,
-            }
-        }
-        if let Some(layer) = layer {
-            let path = self.dir.join(LAYER);
-            self.layer = Some(File::from_parts(layer::copy(layer, &path)?, path));
-        }
-        Ok(())
-    }
-
-    /// Publishes it. It is on disk then, as a whole, unless it is for use at once. The VM may go on meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// If the disk does not take it; then there is none.
-    pub fn publish(
-        self,
-        home: &Home,
-        circumstances: Circumstances,
-        verified: &Verified,
-    ) -> io::Result<Manifest> {
-        let is_kept = !circumstances.is_ephemeral;
-        let memory = match self.memory {
-            Some(draft) => Some(draft.finish(home, &self.dir, is_kept, verified)?),
-            None => None,
-        };
-        let layer = match self.layer {
-            Some(layer) => {
-                let mut digest = None;
-                if is_kept {
-                    layer.sync_all()?;
-                    let digests = Digests::of(layer.file())?;
-                    digests.write(&digests_of(layer.path()))?;
-                    verified.note(layer.file())?;
-                    digest = Some(digests.root());
-                }
-                // st_blocks is in units of 512 bytes (stat(2)).
-                Some(LayerPart { digest, allocated_bytes: layer.metadata()?.blocks() * 512 })
-            }
-            None => None,
-        };
-        let manifest = Manifest { format: FORMAT, origin: Origin::read(home)?, circumstances, memory, layer };
-        let text = serde_json::to_vec(&manifest)?;
-        let path = self.dir.join(MANIFEST);
-        match is_kept {
-            true => durable::write(&path, 0o600, |file| io::Write::write_all(file, &text))?,
-            false => fs::write(&path, &text)?,
-        }
-        match is_kept {
-            true => durable::rename(&self.dir, &self.place)?,
-            false => fs::rename(&self.dir, &self.place)?,
-        }
-        Ok(manifest)
-    }
-}
-
-impl MemoryDraft {
-    fn finish(self, home: &Home, dir: &Path, is_kept: bool, verified: &Verified) -> io::Result<MemoryPart> {
-        let state_path = dir.join(STATE);
-        fs::rename(&self.state, &state_path)?;
-        chown(&state_path, Some(0), Some(0))?;
-        let changed_bytes = self.runs.iter().map(|run| run.bytes()).sum();
-        let image_path = dir.join(MEMORY);
-        if let Some(image) = &self.image {
-            chown(&image_path, Some(0), Some(SNAPSHOT_GID))?;
-            image.set_permissions(Permissions::from_mode(0o440))?;
-        }
-        let (mut image_digest, mut pages_sha256, mut state_sha256) = (None, None, None);
-        let state = File::open(&state_path)?;
-        let state_bytes = state.metadata()?.len();
-        if is_kept {
-            let image = File::open(&image_path)?;
-            // Those of what the VM maps are there unless that was for use at once.
-            let base = Digests::open(&digests_of(&home.base())).ok();
-            let digests = match (base, &self.image) {
-                (Some(base), None) => base,
-                (Some(base), Some(_)) => base.with(image.file(), &self.runs)?,
-                (None, _) => Digests::of(image.file())?,
-            };
-            image.sync_all()?;
-            digests.write(&digests_of(&image_path))?;
-            if self.image.is_some() {
-                verified.note(image.file())?;
-            }
-            image_digest = Some(digests.root());
-            self.pages.sync_all()?;
-            pages_sha256 = Some(sha256_of(&mut File::open(dir.join(PAGES))?.into_file())?);
-            state.sync_all()?;
-            state_sha256 = Some(sha256_of(&mut state.into_file())?);
-        }
-        // What is in the image is not in the file of pages.
-        let runs = if self.image.is_some() { Vec::new() } else { self.runs };
-        let pages = Pages { runs, sha256: pages_sha256 };
-        Ok(MemoryPart { image_digest, pages, state_sha256, state_bytes, changed_bytes })
-    }
-}
-
-/// An image of a memory of `bytes`, with what is in `base`, to be written to.
-fn new_image(base: &Path, has_base: bool, target: &Path, bytes: u64) -> io::Result<File> {
-    if has_base {
-        return Ok(File::from_parts(layer::copy(base, target)?, target));
-    }
-    let file = File::create_new(target)?;
-    file.set_len(bytes)?;
-    Ok(file)
 }
 
 #[cfg(test)]

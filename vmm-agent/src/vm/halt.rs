@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::{sync::watch, time::sleep};
 use tracing::{debug, info, warn};
 
-use super::task::Status;
+use super::handle::Status;
 use crate::{
     backend::Condition,
     microvm::{MakeError, MicroVm},

@@ -71,7 +71,7 @@ pub enum Origin {
         /// What is asked for.
         order: Order,
         /// The VM that it replaces.
-        predecessor: Option<super::task::Vm>,
+        predecessor: Option<super::handle::Vm>,
     },
     /// An earlier agent left it running.
     Adopt {
