@@ -5,7 +5,7 @@
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
 //! - [`guest_link`]: the way to a guest.
-//! - [`pages`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment, on disk;
+//! - [`pages`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment, on disk;
 //!   [`capture`] takes it, [`shelf`] keeps those of sandboxes.
 //! - [`instance`]: all of it as the lifecycle uses it.
 //! - [`durable`]: files that are whole or not there.
@@ -20,6 +20,7 @@ pub mod digests;
 pub mod durable;
 pub mod golden;
 pub mod guest_link;
+pub mod held;
 pub mod home;
 pub mod initramfs;
 pub mod instance;

@@ -123,6 +123,27 @@ impl GuestMemory {
         })
     }
 
+    /// Reads the pages `runs` into `buffer`, one after the other, which has room for them.
+    ///
+    /// # Errors
+    ///
+    /// If the process has ended.
+    pub fn read_into(&self, runs: &[Run], buffer: &mut [u8]) -> io::Result<()> {
+        let mut rest = buffer;
+        for runs in runs.chunks(MAX_RUNS) {
+            let bytes: u64 = runs.iter().map(|run| run.bytes()).sum();
+            let (part, after) = rest.split_at_mut(bytes as usize);
+            self.process.read_memory(self.places(runs), part)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Where `runs` are in the process, and what they take.
+    fn places(&self, runs: &[Run]) -> impl Iterator<Item = (u64, u64)> {
+        runs.iter().map(|run| (self.address + run.offset(), run.bytes()))
+    }
+
     /// Reads the pages `runs` in batches: the runs of a batch, and their bytes one after the other.
     fn read(&self, runs: &[Run], mut take: impl FnMut(&[Run], &[u8]) -> io::Result<()>) -> io::Result<()> {
         let mut buffer = vec![0; PIECE as usize];
@@ -130,8 +151,7 @@ impl GuestMemory {
             let bytes: u64 = batch.iter().map(|run| run.bytes()).sum();
             // At most PIECE.
             let buffer = &mut buffer[..bytes as usize];
-            self.process
-                .read_memory(batch.iter().map(|run| (self.address + run.offset(), run.bytes())), buffer)?;
+            self.process.read_memory(self.places(&batch), buffer)?;
             take(&batch, buffer)?;
         }
         Ok(())

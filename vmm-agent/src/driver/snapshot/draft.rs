@@ -17,6 +17,7 @@ use crate::{
     driver::{
         digests::{Digests, Verified},
         durable,
+        held::Held,
         home::{Home, SNAPSHOT_GID},
         layer,
         pages::{GuestMemory, Pages, Run, sha256_of},
@@ -43,6 +44,9 @@ struct MemoryDraft {
     /// An image of its own, if it gets one.
     image: Option<File>,
     runs: Vec<Run>,
+    /// The first of them.
+    held: Held,
+    /// Whatever is not in the image.
     pages: File,
 }
 
@@ -72,7 +76,13 @@ impl Draft {
                     false => Some(new_image(&base, has_base, &target, memory.bytes)?),
                 };
                 let pages = File::create_new(dir.join(PAGES))?;
-                Some(MemoryDraft { state: home.state_to_save()?, image, runs: Vec::new(), pages })
+                Some(MemoryDraft {
+                    state: home.state_to_save()?,
+                    image,
+                    runs: Vec::new(),
+                    held: Held::reserve(changed),
+                    pages,
+                })
             }
         };
         Ok(Self { place: place.0.clone(), dir, memory, layer: None })
@@ -91,9 +101,15 @@ impl Draft {
     pub fn take(&mut self, memory: Option<&GuestMemory>, layer: Option<&Path>) -> io::Result<()> {
         if let (Some(draft), Some(memory)) = (&mut self.memory, memory) {
             draft.runs = memory.own()?;
+            let left = draft.held.take(memory, &draft.runs)?;
             match &draft.image {
-                Some(image) => memory.save_over(&draft.runs, image.file())?,
-                None => memory.save(&draft.runs, draft.pages.file())?,
+                Some(image) => memory.save_over(left, image.file())?,
+                // Behind those that are held, which come first.
+                None => {
+                    let held: u64 = draft.held.bytes();
+                    io::Seek::seek(&mut draft.pages.file(), io::SeekFrom::Start(held))?;
+                    memory.save(left, draft.pages.file())?;
+                }
             }
         }
         if let Some(layer) = layer {
@@ -156,6 +172,10 @@ impl MemoryDraft {
         chown(&state_path, Some(0), Some(0))?;
         let changed_bytes = self.runs.iter().map(|run| run.bytes()).sum();
         let image_path = dir.join(MEMORY);
+        match &self.image {
+            Some(image) => self.held.save_over(image.file())?,
+            None => self.held.save(self.pages.file())?,
+        }
         if let Some(image) = &self.image {
             chown(&image_path, Some(0), Some(SNAPSHOT_GID))?;
             image.set_permissions(Permissions::from_mode(0o440))?;

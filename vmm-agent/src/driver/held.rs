@@ -1,0 +1,120 @@
+//! Changed pages that are held in the agent's own memory while their VM is paused, and written when it runs again: a disk
+//! that is busy with what was written before must not hold up a guest.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use super::pages::{GuestMemory, Run};
+
+/// Bytes of one capture that are held at most. What there is beyond is written while the VM is paused.
+const MAX: u64 = 256 << 20;
+/// Bytes that all captures of this agent hold together.
+const MAX_IN_ALL: u64 = 512 << 20;
+/// Bytes of a page of the host.
+const PAGE: usize = 4096;
+
+static TAKEN: AtomicU64 = AtomicU64::new(0);
+
+/// Room for pages, and those that are in it.
+#[derive(Debug)]
+pub struct Held {
+    buffer: Vec<u8>,
+    runs: Vec<Run>,
+    /// What is taken of the room that all captures share.
+    taken: u64,
+}
+
+impl Held {
+    /// Room for `bytes` and a fourth more, as far as there is room. Touched here, so that it need not be when the VM is
+    /// paused.
+    pub fn reserve(bytes: u64) -> Self {
+        let wanted = (bytes + bytes / 4).min(MAX);
+        let granted = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
+            Some(taken + wanted).filter(|taken| *taken <= MAX_IN_ALL)
+        });
+        let taken = if granted.is_ok() { wanted } else { 0 };
+        // At most MAX.
+        let mut buffer = vec![0; taken as usize];
+        for page in buffer.chunks_mut(PAGE) {
+            // The kernel gives a page when it is written to, and not before.
+            std::hint::black_box(&mut page[0]).clone_from(&1);
+        }
+        Self { buffer, runs: Vec::new(), taken }
+    }
+
+    /// Takes as many of the pages `runs` of `memory` as there is room for; returns those that are left.
+    ///
+    /// # Errors
+    ///
+    /// If the process has ended.
+    pub fn take<'a>(&mut self, memory: &GuestMemory, runs: &'a [Run]) -> io::Result<&'a [Run]> {
+        let (mut bytes, mut fitting) = (0, 0);
+        for run in runs {
+            bytes += run.bytes();
+            if bytes > self.buffer.len() as u64 {
+                break;
+            }
+            fitting += 1;
+        }
+        let (held, left) = runs.split_at(fitting);
+        memory.read_into(held, &mut self.buffer)?;
+        self.runs = held.to_vec();
+        Ok(left)
+    }
+
+    /// What is held, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.runs.iter().map(|run| run.bytes()).sum()
+    }
+
+    /// Writes what is held to the beginning of `file`, one after the other.
+    ///
+    /// # Errors
+    ///
+    /// If it does not take it.
+    pub fn save(&self, file: &File) -> io::Result<()> {
+        // It is in the buffer.
+        file.write_all_at(&self.buffer[..self.bytes() as usize], 0)
+    }
+
+    /// Writes what is held over the pages of `image`.
+    ///
+    /// # Errors
+    ///
+    /// If it does not take it.
+    pub fn save_over(&self, image: &File) -> io::Result<()> {
+        let mut rest = &self.buffer[..];
+        for run in &self.runs {
+            let (part, after) = rest.split_at(run.bytes() as usize);
+            image.write_all_at(part, run.offset())?;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        TAKEN.fetch_sub(self.taken, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_an_end_to_what_is_held() {
+        let first = Held::reserve(MAX);
+        let second = Held::reserve(MAX * 2);
+        assert_eq!((first.buffer.len() as u64, second.buffer.len() as u64), (MAX, MAX));
+        let third = Held::reserve(4096);
+        assert!(third.buffer.is_empty(), "it is written while the VM is paused instead");
+        drop(first);
+        assert_eq!(Held::reserve(4096).buffer.len(), 4096 + 1024);
+    }
+}
