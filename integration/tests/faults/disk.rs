@@ -109,3 +109,45 @@ pub async fn a_full_host_takes_no_more_and_loses_nothing(_: Arc<()>) -> anyhow::
     sandbox.delete().await?;
     mesh.stop()
 }
+
+pub async fn a_disk_that_fills_up_amid_a_capture_leaves_nothing_of_it(_: Arc<()>) -> anyhow::Result<()> {
+    let disk = Disk::mount()?;
+    let mesh = Mesh::start_in(
+        Some(&disk.path().join("state")),
+        &["--pool-size", "0"],
+        &[("OC_DISK_RESERVE_MB", "20")],
+    )?;
+    let rest = mesh.rest();
+    let sandbox = rest.create(json!({ "timeout": 0 })).await?;
+    sandbox.run("head -c 250M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync").await?;
+    // Enough to begin with.
+    disk.leave(60)?;
+    let snapshots = disk.path().join("state/agent/snapshots");
+    let is_whole = "md5sum < /dev/shm/much | cmp - sum && echo whole";
+    for (path, reasons) in [
+        ("/checkpoints", ["CHECKPOINT_FAILED", "HOST_DISK_FULL"]),
+        ("/fork", ["CHECKPOINT_FAILED", "HOST_DISK_FULL"]),
+        ("/hibernate", ["HIBERNATION_FAILED", "HOST_DISK_FULL"]),
+    ] {
+        let body = json!({ "name": "none", "mode": "live" });
+        let (_, reason) = rest.post(&sandbox.path(path), body).await?.refusal();
+        ensure!(reasons.contains(&reason.as_str()), "{path}: {reason}");
+        eventually("it goes on as it was", async || {
+            ensure!(sandbox.run(is_whole).await? == "whole\n");
+            Ok(())
+        })
+        .await?;
+        assert_eq!(fs::read_dir(&snapshots)?.count(), 0, "{path}: a part of it is left");
+    }
+    assert_eq!(rest.get(&sandbox.path("/checkpoints")).await?.expect(200)?.json(), json!([]));
+    fs::remove_file(disk.path().join("ballast"))?;
+    let taken =
+        rest.post(&sandbox.path("/checkpoints"), json!({ "name": "none" })).await?.expect(201)?.json();
+    rest.post(&sandbox.path("/hibernate"), json!({})).await?.expect(200)?;
+    assert_eq!(sandbox.run(is_whole).await?, "whole\n");
+    rest.delete(&format!("/api/checkpoints/{}", taken["id"].as_str().unwrap_or_default()))
+        .await?
+        .expect(204)?;
+    sandbox.delete().await?;
+    mesh.stop()
+}

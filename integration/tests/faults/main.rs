@@ -27,7 +27,8 @@ fn main() -> ExitCode {
         chaos:
             a_hundred_creates_among_kills_leave_only_what_works;
         disk:
-            a_full_host_takes_no_more_and_loses_nothing;
+            a_full_host_takes_no_more_and_loses_nothing,
+            a_disk_that_fills_up_amid_a_capture_leaves_nothing_of_it;
         upgrade:
             what_was_made_of_an_older_build_goes_on;
         etcd:

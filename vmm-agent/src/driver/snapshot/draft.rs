@@ -28,11 +28,23 @@ use crate::{
 /// made of it costs less than an image, and they go on sharing the one that their like share.
 const REBASE_ABOVE: u64 = 16 << 20;
 
-/// A snapshot in the making, under a name that nothing takes for one.
+/// A directory that is removed with this, unless it has another name by then.
+#[derive(Debug)]
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = durable::remove(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "an unfinished snapshot stays until the next start");
+        }
+    }
+}
+
+/// A snapshot in the making, under a name that nothing takes for one. Dropped before it is published, nothing of it is left.
 #[derive(Debug)]
 pub struct Draft {
     place: PathBuf,
-    dir: PathBuf,
+    dir: Scratch,
     /// What is written over the copy of the image, or beside the image.
     memory: Option<MemoryDraft>,
     layer: Option<File>,
@@ -61,6 +73,7 @@ impl Draft {
         durable::remove_whole(&place.0)?;
         let dir = durable::draft_of(&place.0);
         DirBuilder::new().mode(0o700).create(&dir)?;
+        let scratch = Scratch(dir.clone());
         let memory = match memory {
             None => None,
             Some(memory) => {
@@ -85,7 +98,7 @@ impl Draft {
                 })
             }
         };
-        Ok(Self { place: place.0.clone(), dir, memory, layer: None })
+        Ok(Self { place: place.0.clone(), dir: scratch, memory, layer: None })
     }
 
     /// Where the VMM is to write the devices' state, which it does while the VM is paused.
@@ -113,7 +126,7 @@ impl Draft {
             }
         }
         if let Some(layer) = layer {
-            let path = self.dir.join(LAYER);
+            let path = self.dir.0.join(LAYER);
             self.layer = Some(File::from_parts(layer::copy(layer, &path)?, path));
         }
         Ok(())
@@ -132,7 +145,7 @@ impl Draft {
     ) -> io::Result<Manifest> {
         let is_kept = !circumstances.is_ephemeral;
         let memory = match self.memory {
-            Some(draft) => Some(draft.finish(home, &self.dir, is_kept, verified)?),
+            Some(draft) => Some(draft.finish(home, &self.dir.0, is_kept, verified)?),
             None => None,
         };
         let layer = match self.layer {
@@ -152,14 +165,14 @@ impl Draft {
         };
         let manifest = Manifest { format: FORMAT, origin: Origin::read(home)?, circumstances, memory, layer };
         let text = serde_json::to_vec(&manifest)?;
-        let path = self.dir.join(MANIFEST);
+        let path = self.dir.0.join(MANIFEST);
         match is_kept {
             true => durable::write(&path, 0o600, |file| io::Write::write_all(file, &text))?,
             false => fs::write(&path, &text)?,
         }
         match is_kept {
-            true => durable::rename(&self.dir, &self.place)?,
-            false => fs::rename(&self.dir, &self.place)?,
+            true => durable::rename(&self.dir.0, &self.place)?,
+            false => fs::rename(&self.dir.0, &self.place)?,
         }
         Ok(manifest)
     }
