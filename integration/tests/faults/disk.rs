@@ -143,11 +143,15 @@ pub async fn a_disk_that_fills_up_amid_a_capture_leaves_nothing_of_it(_: Arc<()>
     fs::remove_file(disk.path().join("ballast"))?;
     let taken =
         rest.post(&sandbox.path("/checkpoints"), json!({ "name": "none" })).await?.expect(201)?.json();
-    rest.post(&sandbox.path("/hibernate"), json!({})).await?.expect(200)?;
-    assert_eq!(sandbox.run(is_whole).await?, "whole\n");
     rest.delete(&format!("/api/checkpoints/{}", taken["id"].as_str().unwrap_or_default()))
         .await?
         .expect(204)?;
+    rest.post(&sandbox.path("/hibernate"), json!({})).await?.expect(200)?;
+    eventually("the host says that it has room, and it wakes", async || {
+        ensure!(sandbox.run(is_whole).await? == "whole\n");
+        Ok(())
+    })
+    .await?;
     sandbox.delete().await?;
     mesh.stop()
 }
