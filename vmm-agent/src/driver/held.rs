@@ -9,11 +9,12 @@ use std::{
 };
 
 use super::pages::{GuestMemory, Run};
+use crate::capacity;
 
-/// Bytes of one capture that are held at most. What there is beyond is written while the VM is paused.
-const MAX: u64 = 256 << 20;
-/// Bytes that all captures of this agent hold together.
-const MAX_IN_ALL: u64 = 512 << 20;
+/// Bytes that all captures of this agent hold together at most. What there is beyond is written while the VM is paused.
+const MAX: u64 = 1 << 30;
+/// The part of the host's available memory that a capture may take: a fourth.
+const PART: u64 = 4;
 /// Bytes of a page of the host.
 const PAGE: usize = 4096;
 
@@ -32,11 +33,20 @@ impl Held {
     /// Room for `bytes` and a fourth more, as far as there is room. Touched here, so that it need not be when the VM is
     /// paused.
     pub fn reserve(bytes: u64) -> Self {
-        let wanted = (bytes + bytes / 4).min(MAX);
-        let granted = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
-            Some(taken + wanted).filter(|taken| *taken <= MAX_IN_ALL)
-        });
-        let taken = if granted.is_ok() { wanted } else { 0 };
+        let available = capacity::memory_available_mb().unwrap_or_default() << 20;
+        Self::reserve_of(bytes, available / PART)
+    }
+
+    /// As [`Held::reserve`], with at most `bound`.
+    fn reserve_of(bytes: u64, bound: u64) -> Self {
+        let wanted = (bytes + bytes / 4).min(bound);
+        let mut taken = 0;
+        let grant = |before: u64| {
+            taken = wanted.min(MAX.saturating_sub(before));
+            Some(before + taken)
+        };
+        // Never fails: there is always an answer.
+        let _ = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grant);
         // At most MAX.
         let mut buffer = vec![0; taken as usize];
         for page in buffer.chunks_mut(PAGE) {
@@ -109,12 +119,20 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_what_is_held() {
-        let first = Held::reserve(MAX);
-        let second = Held::reserve(MAX * 2);
-        assert_eq!((first.buffer.len() as u64, second.buffer.len() as u64), (MAX, MAX));
-        let third = Held::reserve(4096);
-        assert!(third.buffer.is_empty(), "it is written while the VM is paused instead");
-        drop(first);
-        assert_eq!(Held::reserve(4096).buffer.len(), 4096 + 1024);
+        const LITTLE: u64 = 1 << 20;
+        let bounded = Held::reserve_of(MAX, LITTLE);
+        assert_eq!(bounded.buffer.len() as u64, LITTLE);
+        // Somebody holds nearly all that there may be.
+        let others = MAX - LITTLE - 4096;
+        TAKEN.fetch_add(others, Ordering::Relaxed);
+        let last = Held::reserve_of(LITTLE, LITTLE);
+        assert_eq!(last.buffer.len(), 4096, "what is left of it");
+        assert!(
+            Held::reserve_of(4096, LITTLE).buffer.is_empty(),
+            "it is written while the VM is paused instead"
+        );
+        drop(bounded);
+        assert_eq!(Held::reserve_of(4096, LITTLE).buffer.len(), 4096 + 1024);
+        TAKEN.fetch_sub(others, Ordering::Relaxed);
     }
 }
