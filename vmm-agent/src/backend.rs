@@ -36,6 +36,10 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// A handle to the VM called `vm`, however much or little of it there is.
     fn open(&self, vm: &str) -> Box<dyn Instance>;
 
+    /// Whether a clone of `kind` that runs warm is better to take a snapshot's state on than a new VM
+    /// ([`Instance::graft`]).
+    fn grafts(&self, snapshot_id: &str, kind: &Kind) -> bool;
+
     /// The snapshots of sandboxes' VMs that are whole.
     fn snapshots(&self) -> Vec<Captured>;
 
@@ -132,6 +136,10 @@ pub trait Instance: Debug + Send + Sync + 'static {
     /// Starts a VM from a snapshot, with a copy of its disk. It is paused then, as that one was.
     /// [`MakeError::Unusable`] if the snapshot is no good.
     async fn restore_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;
+
+    /// Makes a clone that is paused what [`Instance::restore_snapshot`] would make of a new VM. If it fails, the clone is only
+    /// good for being destroyed. [`MakeError::Unusable`] as above.
+    async fn graft(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;
 
     /// Boots a VM from a copy of a snapshot's disk. Its guest answers then. [`MakeError::Unusable`] as above.
     async fn boot_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;

@@ -4,7 +4,7 @@
 //! - [`template`], [`initramfs`], [`layer`], [`pins`]: what a guest boots from, and how long it is kept.
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
-//! - [`guest_link`]: the way to a guest.
+//! - [`guest_link`]: the way to a guest; [`graft`]: a snapshot's state in a VM that runs already.
 //! - [`pages`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment, on disk;
 //!   [`capture`] takes it, [`shelf`] keeps those of sandboxes.
 //! - [`instance`]: all of it as the lifecycle uses it.
@@ -19,6 +19,7 @@ pub mod console;
 pub mod digests;
 pub mod durable;
 pub mod golden;
+pub mod graft;
 pub mod guest_link;
 pub mod held;
 pub mod home;
@@ -165,6 +166,20 @@ impl Backend for Driver {
     fn open(&self, vm: &str) -> Box<dyn Instance> {
         let home = home::Home::of(&self.places.homes, vm);
         Box::new(Vm::new(home, self.cgroups.of(vm), self.source.clone()))
+    }
+
+    fn grafts(&self, snapshot_id: &str, kind: &Kind) -> bool {
+        let Some((parts, goldens)) = self.source.as_ref().filter(|(parts, _)| parts.vmm.grafts()) else {
+            return false;
+        };
+        let Some(golden) = goldens.peek(kind).filter(|_| shelf::is_id(snapshot_id)) else { return false };
+        let place = parts.places.snapshot(snapshot_id);
+        let is_like = place.read().and_then(|manifest| match manifest {
+            Some(manifest) => graft::is_like(&place, &manifest, &golden.memory()),
+            None => Ok(false),
+        });
+        // What is wrong with it is told to whoever restores it.
+        is_like.unwrap_or(false)
     }
 
     fn snapshots(&self) -> Vec<Captured> {

@@ -61,6 +61,27 @@ async fn a_sandbox_that_is_captured_goes_on_and_others_begin_there() {
 }
 
 #[tokio::test]
+async fn a_clone_that_waits_takes_a_snapshot_on_and_a_new_vm_does_where_it_cannot() {
+    let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
+    let agent = Agent::start(&world, dir.path(), 2).await;
+    agent.host.create(owner(NAME, 1), order()).await.unwrap();
+    capture(&agent, "cp-1").await.unwrap();
+    agent.pool_holds(2).await;
+    for (fork, fails, grafts) in [("sb-warm", 0, 1), ("sb-new", 1, 1), ("sb-late", 0, 2)] {
+        world.failing_grafts.store(fails, Ordering::SeqCst);
+        let path = agent.host.create(owner(fork, 1), from("cp-1", false)).await.unwrap();
+        assert_eq!(path, StartPath::Restored, "{fork}");
+        assert_eq!(world.grafts.load(Ordering::SeqCst), grafts, "{fork}");
+        assert!(world.sandboxes().contains(fork), "it is told who it is");
+        agent.pool_holds(2).await;
+    }
+    agent.host.create(owner("sb-boots", 1), from("cp-1", true)).await.unwrap();
+    assert_eq!(world.grafts.load(Ordering::SeqCst), 2, "a disk alone is booted");
+    agent.stop().await;
+    assert_eq!(world.vms.lock().len(), 5, "nothing is left of the clone that failed");
+}
+
+#[tokio::test]
 async fn what_cannot_be_captured_runs_on() {
     let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
     let agent = running(&world, dir.path()).await;

@@ -143,6 +143,11 @@ impl Goldens {
         made.map_err(MakeError::Backend)
     }
 
+    /// The snapshot of `kind`, if it is there.
+    pub fn peek(&self, kind: &Kind) -> Option<Golden> {
+        self.making.lock().get(kind).and_then(|making| making.peek()?.as_ref().ok().cloned())
+    }
+
     async fn made(&self, kind: &Kind) -> (Making, Result<Golden, String>) {
         let making = self.making.lock().entry(kind.clone()).or_insert_with(|| self.start(kind)).clone();
         (making.clone(), making.await)

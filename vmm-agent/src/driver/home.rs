@@ -32,6 +32,8 @@ pub const SNAPSHOT_GID: u32 = FIRST_UID - 1;
 pub const CONTROL: &str = "control.sock";
 /// The name of the socket that leads to the guest's port.
 pub const GUEST: &str = "guest.sock";
+/// The name of the socket that leads to the VMM's stub for debuggers.
+pub const DEBUG: &str = "debug.sock";
 
 /// The state of its devices, while its VMM writes it.
 const SAVED: &str = "saved.bin";
@@ -144,7 +146,7 @@ impl Home {
         self.add_file(SAVED)
     }
 
-    /// Makes a file that the VMM may read its devices' state from.
+    /// Makes a file that the VMM may read its devices' state from, or write to while it does.
     ///
     /// # Errors
     ///
@@ -171,7 +173,7 @@ impl Home {
     ///
     /// If they resist.
     pub fn remove_sockets(&self) -> io::Result<()> {
-        [CONTROL, GUEST].into_iter().try_for_each(|name| durable::remove(&self.dir.join(name)))
+        [CONTROL, GUEST, DEBUG].into_iter().try_for_each(|name| durable::remove(&self.dir.join(name)))
     }
 
     /// Makes an empty file that the VM's user may write.

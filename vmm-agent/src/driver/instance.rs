@@ -1,6 +1,8 @@
 //! One VM of this host, as the lifecycle sees it.
 
 use std::{
+    io,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -13,6 +15,7 @@ use super::{
     cgroup::Cgroup,
     durable,
     golden::Goldens,
+    graft,
     home::Home,
     parts::{Bootable, Parts},
     running::{self, CloneError, Running},
@@ -57,13 +60,18 @@ impl Vm {
         Ok(running::on_disk(&self.home, Origin::read).await?.memory_mb)
     }
 
-    /// Puts a copy of a snapshot's disk into the home.
-    async fn take_layer(&self, parts: &Arc<Parts>, snapshot_id: &str) -> Result<Manifest, MakeError> {
+    /// Puts a copy of a snapshot's disk into the home, by `put`.
+    async fn take_layer(
+        &self,
+        parts: &Arc<Parts>,
+        snapshot_id: &str,
+        put: impl FnOnce(&Home, &Path) -> io::Result<()> + Send + 'static,
+    ) -> Result<Manifest, MakeError> {
         let (place, known) = (parts.places.snapshot(snapshot_id), parts.clone());
         let work = move |home: &Home| {
             let Some(manifest) = place.read()? else { return Ok(None) };
             place.verify_layer(&manifest, &known.verified)?;
-            home.add_layer(&place.layer())?;
+            put(home, &place.layer())?;
             Ok(Some(manifest))
         };
         let taken = telemetry::step("layer", running::unless_damaged(&self.home, work)).await?;
@@ -160,7 +168,7 @@ impl Instance for Vm {
     async fn restore_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
         let place = parts.places.snapshot(snapshot_id);
-        let manifest = self.take_layer(&parts, snapshot_id).await?;
+        let manifest = self.take_layer(&parts, snapshot_id, Home::add_layer).await?;
         if !manifest.has_memory() {
             return Err(MakeError::NoMemory(snapshot_id.to_owned()));
         }
@@ -168,9 +176,16 @@ impl Instance for Vm {
         Ok(())
     }
 
+    async fn graft(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
+        let place = parts.places.snapshot(snapshot_id);
+        let manifest = self.take_layer(&parts, snapshot_id, graft::exchange_layer).await?;
+        self.running()?.graft(&self.home, place, manifest, kind).await
+    }
+
     async fn boot_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
-        let manifest = self.take_layer(&parts, snapshot_id).await?;
+        let manifest = self.take_layer(&parts, snapshot_id, Home::add_layer).await?;
         self.boot_with(&parts, (base_of(&parts, &manifest.origin)?, kind)).await
     }
 

@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 use super::process::Process;
 
 /// Bytes of a page of the host.
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 /// Bytes of an entry of `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst).
 const ENTRY: u64 = 8;
 /// The page is in memory.
@@ -72,7 +72,7 @@ impl Pages {
     }
 
     /// Whether they can be of a memory of `bytes`.
-    fn fit(&self, bytes: u64) -> bool {
+    pub(super) fn fit(&self, bytes: u64) -> bool {
         let mut end = 0;
         self.runs.iter().all(|run| {
             let follows = run.1 > 0 && run.offset() >= end;
@@ -94,6 +94,14 @@ impl GuestMemory {
         let mut entries = vec![0; usize::try_from(pages * ENTRY).map_err(io::Error::other)?];
         pagemap.read_exact_at(&mut entries, self.address / PAGE * ENTRY)?;
         Ok(own(&entries))
+    }
+
+    /// Where the guest sees what is at `offset` of its memory: what does not fit below the devices lies above 4 GiB
+    /// (`microvm_memory_init` in QEMU's hw/i386/microvm.c; Firecracker's layout has the same two addresses).
+    pub fn guest_address(&self, offset: u64) -> u64 {
+        const GAP: u64 = 3 << 30;
+        const ABOVE: u64 = 4 << 30;
+        if offset < GAP { offset } else { offset - GAP + ABOVE }
     }
 
     /// Writes the pages `runs` to `file`, one after the other.

@@ -1,9 +1,12 @@
 //! QEMU's `microvm` machine, one process for each VM: a kernel, two disks and one serial port, without PCI and firmware.
 
 mod arguments;
+mod debug;
+mod graft;
 mod qmp;
 mod spawn;
 mod tsc;
+mod vmstate;
 
 use std::{io, path::Path, process::Stdio, time::Duration};
 
@@ -16,7 +19,7 @@ use self::{arguments::Machine as Model, qmp::Qmp};
 use super::{
     home::{self, Home},
     process::Process,
-    vmm::{Launch, Machine, Vmm, VmmError},
+    vmm::{Graft, Launch, Machine, Start, Vmm, VmmError},
 };
 use crate::backend::Condition;
 
@@ -93,18 +96,27 @@ impl Vmm for Qemu {
         self.accelerator.overhead_bytes()
     }
 
+    fn grafts(&self) -> bool {
+        self.accelerator == Accelerator::Tcg
+    }
+
     async fn launch(&self, launch: Launch<'_>) -> Result<(Process, Box<dyn Machine>), VmmError> {
         let control = launch.home.listen(home::CONTROL).map_err(VmmError::Start)?;
         let guest = launch.home.listen(home::GUEST).map_err(VmmError::Start)?;
+        let debug = match launch.start {
+            Start::Paused if self.grafts() => Some(launch.home.listen(home::DEBUG).map_err(VmmError::Start)?),
+            _ => None,
+        };
         let model = Model {
             launch: &launch,
             accelerator: self.accelerator,
             tsc_khz: self.tsc_khz,
             control: &control,
             guest: &guest,
+            debug: debug.as_ref(),
         };
         let arguments = model.arguments();
-        let inherited = vec![control.into(), guest.into()];
+        let inherited = [Some(control), Some(guest), debug].into_iter().flatten().map(Into::into).collect();
         let entrances = launch.cgroup.entrances().map_err(VmmError::Start)?;
         let plan =
             spawn::Plan { arguments, inherited, entrances, uid: launch.home.uid(), console: launch.console };
@@ -190,10 +202,12 @@ impl Machine for Microvm {
     }
 
     async fn grow_layer(&self, bytes: u64) -> Result<(), VmmError> {
-        self.qmp
-            .execute("block_resize", json!({ "node-name": arguments::LAYER_NODE, "size": bytes }))
-            .await
-            .map(drop)
+        let node = graft::layer_node(&self.qmp).await?;
+        self.qmp.execute("block_resize", json!({ "node-name": node, "size": bytes })).await.map(drop)
+    }
+
+    async fn graft(&self, graft: &Graft<'_>) -> Result<(), VmmError> {
+        graft::perform(&self.qmp, graft).await
     }
 }
 

@@ -8,13 +8,14 @@ use super::{
     cgroup::Cgroup,
     console::Console,
     golden::Golden,
+    graft,
     guest_link::GuestLink,
     home::Home,
     pages::GuestMemory,
     parts::{Bootable, Parts},
     process::Process,
-    snapshot::Place,
-    vmm::{Launch, Machine, Memory, Start, VmmError},
+    snapshot::{Manifest, Place},
+    vmm::{Graft, Launch, Machine, Memory, Start, VmmError},
 };
 use crate::{
     microvm::{Kind, MakeError},
@@ -139,6 +140,34 @@ impl Running {
             Err(VmmError::Snapshot(reason)) => Err(MakeError::Unusable(reason)),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Makes it, a clone that is paused, the VM whose state is the snapshot at `place`. Its layer is in `home` already.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`]: it is only good for being ended.
+    pub async fn graft(
+        &self,
+        home: &Home,
+        place: Place,
+        manifest: Manifest,
+        kind: &Kind,
+    ) -> Result<(), MakeError> {
+        // Before its memory is looked at: that it is closed is written there.
+        self.link.hang_up().await;
+        let memory = self.memory(kind.memory_mb).await?;
+        let of_clone = memory.clone();
+        let plan = unless_damaged(home, move |_| {
+            let target = graft::Memory::of(&place, &manifest, of_clone.bytes)?;
+            let patches = target.patches(&of_clone)?;
+            Ok((patches, place.read_state()?, target))
+        });
+        let (patches, state, target) = self.unless_it_ends(telemetry::step("graft_plan", plan)).await??;
+        let graft = Graft { home, patches: &patches, state: &state };
+        self.unless_it_ends(telemetry::step("graft", self.machine.graft(&graft))).await??;
+        let verified = on_disk(home, move |_| target.verify(&memory));
+        telemetry::step("graft_verify", verified).await
     }
 
     /// Where its guest's memory is.

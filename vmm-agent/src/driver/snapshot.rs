@@ -35,7 +35,7 @@ use super::{
     digests::{Digests, Verified},
     durable,
     home::Home,
-    pages::{GuestMemory, Pages, sha256_of},
+    pages::{GuestMemory, Pages, Run, sha256_of},
     parts::Bootable,
 };
 use crate::{backend::Circumstances, microvm::Kind};
@@ -147,6 +147,11 @@ impl Manifest {
     /// What the VM had changed of the memory that it maps, bytes.
     pub fn memory_changed_bytes(&self) -> u64 {
         self.memory.as_ref().map_or(0, |memory| memory.changed_bytes)
+    }
+
+    /// The pages beside the image, bytes.
+    pub fn pages_bytes(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |memory| memory.pages.bytes())
     }
 
     /// What its disk takes, bytes.
@@ -275,6 +280,36 @@ impl Place {
     /// If the disk does not take it.
     pub fn copy_state(&self, to: &File) -> io::Result<()> {
         io::copy(&mut File::open(self.0.join(STATE))?, &mut to.file()).map(drop)
+    }
+
+    /// The devices' state.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn read_state(&self) -> io::Result<Vec<u8>> {
+        fs::read(self.0.join(STATE))
+    }
+
+    /// The pages that differ from the image, of a memory of `memory_bytes`: their runs, and their bytes one after the other.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] if they are not what was taken.
+    pub fn read_pages(&self, manifest: &Manifest, memory_bytes: u64) -> io::Result<(Vec<Run>, Vec<u8>)> {
+        let Some(part) = &manifest.memory else { return Err(damaged("it has no memory".to_owned())) };
+        let bytes = missing_is_damage(fs::read(self.0.join(PAGES)))?;
+        let is_whole = part.pages.fit(memory_bytes)
+            && bytes.len() as u64 == part.pages.bytes()
+            && part
+                .pages
+                .sha256
+                .as_ref()
+                .is_none_or(|expected| *expected == hex::encode(Sha256::digest(&bytes)));
+        if !is_whole {
+            return Err(damaged("its pages are damaged".to_owned()));
+        }
+        Ok((part.pages.runs.clone(), bytes))
     }
 
     /// Puts the pages that differ into the memory of a VM that has not gone on yet.

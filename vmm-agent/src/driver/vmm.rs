@@ -3,6 +3,7 @@
 //! ```text
 //!   launch(Start::Boot) ────────────► running ──pause──► paused ──save──► paused
 //!   launch(Start::Paused) ─► empty ──load──► paused ──resume──► running
+//!                                            paused ──graft──► paused
 //! ```
 //!
 //! Each call says in which of these states it is legal. A VMM whose call failed is only good for being killed.
@@ -68,6 +69,26 @@ pub enum Start {
     Paused,
 }
 
+/// Bytes to be written to a guest's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Patch {
+    /// Where the guest sees them.
+    pub address: u64,
+    /// What is written there.
+    pub bytes: Vec<u8>,
+}
+
+/// Another VM's state, for a VMM that has run: its layer is in the home already.
+#[derive(Debug)]
+pub struct Graft<'a> {
+    /// The home, with the new layer in it.
+    pub home: &'a Home,
+    /// What has to be written to make its memory the other VM's.
+    pub patches: &'a [Patch],
+    /// The other VM's devices, as they were saved.
+    pub state: &'a [u8],
+}
+
 /// Everything that a VMM needs to start.
 #[derive(Debug)]
 pub struct Launch<'a> {
@@ -106,6 +127,10 @@ pub trait Vmm: Debug + Send + Sync + 'static {
     /// What a VMM takes beyond the guest's memory, bytes: for the limit of its group.
     fn overhead_bytes(&self) -> u64;
 
+    /// Whether a VMM that has run is better than a new one for a state that is restored ([`Machine::graft`]): where it has
+    /// translated the guest's code, which a new one would do again.
+    fn grafts(&self) -> bool;
+
     /// Starts a VMM in its group, as its home's user. Its sockets are in the home when this returns.
     async fn launch(&self, launch: Launch<'_>) -> Result<(Process, Box<dyn Machine>), VmmError>;
 
@@ -130,6 +155,10 @@ pub trait Machine: Debug + Send + Sync + 'static {
 
     /// Launched with [`Start::Paused`], its memory as it was when `state` was saved → paused there.
     async fn load(&self, state: &Path) -> Result<(), VmmError>;
+
+    /// Paused, loaded as a clone, its link to the guest closed → paused, as another VM of the same kind was when its state was saved. The layer that it
+    /// had is not used any more.
+    async fn graft(&self, graft: &Graft<'_>) -> Result<(), VmmError>;
 
     /// Any state: where in its process the guest's memory begins.
     async fn memory_address(&self) -> Result<u64, VmmError>;

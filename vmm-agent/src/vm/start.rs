@@ -260,6 +260,19 @@ impl Starter {
             true => (StartPath::RestoredDisk, BOOT_DEADLINE),
             false => (StartPath::Restored, RESTORE_DEADLINE),
         };
+        if let Some(microvm) = self.clone_for(source, &order.kind) {
+            let microvm = slot.insert(microvm);
+            let graft = async {
+                microvm.enter(Stage::Claimed(owner.clone()))?;
+                microvm.instance().graft(&source.snapshot_id, &order.kind).await?;
+                microvm.resume().await?;
+                self.hand_over(owner, order, microvm, path).await
+            };
+            let outcome = timeout(CLONE_DEADLINE, graft).await;
+            if self.settle(path, outcome, slot, failures).await? {
+                return Ok(path);
+            }
+        }
         for _ in 0..CLONE_ATTEMPTS {
             let start = async {
                 let microvm = self.workshop.create(Stage::Claimed(owner.clone()), slot).await?;
@@ -278,6 +291,12 @@ impl Starter {
             }
         }
         Err(StartError::Failed(failures.join("; ")))
+    }
+
+    /// A clone that waits, if one is better than a new VM for a snapshot.
+    fn clone_for(&self, source: &Source, kind: &Kind) -> Option<MicroVm> {
+        let grafts = !source.disk_only && self.workshop.backend().grafts(&source.snapshot_id, kind);
+        grafts.then(|| self.pool.take(kind)).flatten()
     }
 
     /// Tells the guest whose it is, and then the journal that it runs.

@@ -64,6 +64,9 @@ pub struct World {
     /// How many of the next captures fail, and how many snapshots are found damaged.
     pub failing_captures: AtomicUsize,
     pub damaged_snapshots: AtomicUsize,
+    /// Clones that took a snapshot on, and how many of the next ones fail to.
+    pub grafts: AtomicUsize,
+    pub failing_grafts: AtomicUsize,
     /// While true, goldens are waited for.
     pub golden_waits: AtomicBool,
     pub released: Notify,
@@ -220,6 +223,10 @@ impl Backend for FakeBackend {
         Box::new(FakeInstance { world: self.0.clone(), id: vm.into(), wanted: None })
     }
 
+    fn grafts(&self, snapshot_id: &str, _: &Kind) -> bool {
+        self.0.snapshots.lock().get(snapshot_id).is_some_and(|captured| captured.has_memory)
+    }
+
     fn snapshots(&self) -> Vec<Captured> {
         self.0.snapshots.lock().values().cloned().collect()
     }
@@ -313,6 +320,17 @@ impl Instance for FakeInstance {
     async fn restore_snapshot(&mut self, snapshot_id: &str, _: &Kind) -> Result<(), MakeError> {
         self.world.step().await;
         self.start_of_snapshot(snapshot_id, true)?;
+        self.world.step().await;
+        Ok(())
+    }
+
+    async fn graft(&mut self, _: &str, _: &Kind) -> Result<(), MakeError> {
+        self.world.step().await;
+        assert!(self.world.process(&self.id)?.paused.load(Ordering::SeqCst));
+        if take_one(&self.world.failing_grafts) {
+            return Err(MakeError::Backend("the CPU was busy".into()));
+        }
+        self.world.grafts.fetch_add(1, Ordering::SeqCst);
         self.world.step().await;
         Ok(())
     }

@@ -9,6 +9,10 @@ use crate::driver::vmm::{Launch, Memory, Start};
 
 /// The node of the writable layer's device.
 pub const LAYER_NODE: &str = "layer";
+/// What the writable layer's device is called.
+const LAYER_DEVICE: &str = "layer";
+/// Where that is found among QEMU's objects.
+pub const LAYER_PATH: &str = "/machine/peripheral/layer";
 /// What the guest looks for among its serial ports.
 const PORT_NAME: &str = "oc.guest";
 /// Room for translated code, MiB. QEMU's default is an eighth of the host's memory, for each VM.
@@ -69,6 +73,8 @@ pub struct Machine<'a> {
     pub tsc_khz: u64,
     pub control: &'a UnixListener,
     pub guest: &'a UnixListener,
+    /// Where a stub for debuggers listens, if there is to be one.
+    pub debug: Option<&'a UnixListener>,
 }
 
 impl Machine<'_> {
@@ -90,19 +96,27 @@ impl Machine<'_> {
         add("-smp", cpus.to_string());
         add("-m", format!("{memory_mb}M"));
         add("-object", memory(&launch.memory, memory_mb));
-        add("-kernel", path(launch.kernel));
-        add("-initrd", path(launch.initramfs));
-        add("-append", self.kernel_command_line());
+        // What is restored has them in its memory. It must not have them elsewhere: a reset, which is part of a graft, would
+        // write the kernel over the guest's.
+        if launch.start == Start::Boot {
+            add("-kernel", path(launch.kernel));
+            add("-initrd", path(launch.initramfs));
+            add("-append", self.kernel_command_line());
+        }
         // In this order the guest finds vda and vdb. The transport is QEMU's choice: the first one gets no interrupts.
         add("-blockdev", block("base", launch.rootfs, true));
         add("-device", "virtio-blk-device,drive=base".into());
         add("-blockdev", block(LAYER_NODE, &launch.home.layer(), false));
-        add("-device", format!("virtio-blk-device,drive={LAYER_NODE}"));
+        add("-device", format!("virtio-blk-device,drive={LAYER_NODE},id={LAYER_DEVICE}"));
         add("-device", "virtio-serial-device,max_ports=2".into());
         add("-chardev", socket("guest", self.guest));
         add("-device", format!("virtserialport,chardev=guest,name={PORT_NAME}"));
         add("-chardev", socket("control", self.control));
         add("-mon", "chardev=control,mode=control".into());
+        if let Some(debug) = self.debug {
+            add("-chardev", socket("debug", debug));
+            add("-gdb", "chardev:debug".into());
+        }
         add("-chardev", "stdio,id=console,signal=off".into());
         add("-serial", "chardev:console".into());
         add("-display", "none".into());
