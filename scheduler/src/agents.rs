@@ -9,8 +9,9 @@ use oc_mesh::{
 };
 use oc_proto::mesh::{
     CaptureVmRequest, CreateVmRequest, CreateVmResponse, DeleteSnapshotRequest, DeleteVmRequest,
-    HibernateVmRequest, HostRecord, ListVmsRequest, SandboxRecord, Snapshot, SnapshotSource,
-    VerifySnapshotRequest, Vm, WakeVmRequest, WakeVmResponse, agent_service_client::AgentServiceClient,
+    HibernateVmRequest, HibernateVmResponse, HostRecord, ListVmsRequest, SandboxRecord, Snapshot,
+    SnapshotSource, VerifySnapshotRequest, Vm, WakeVmRequest, WakeVmResponse,
+    agent_service_client::AgentServiceClient,
 };
 use thiserror::Error;
 use tonic::{Code, Request, Response, Status};
@@ -172,16 +173,16 @@ impl Agents {
         repeated(host_id, call).await.map(|_| ())
     }
 
-    /// Stores the record's microVM; with `if_idle_since` only if it was not used since. Returns what that takes, bytes.
+    /// Hibernates the record's microVM; with `if_idle_since` only if it was not used since.
     ///
     /// # Errors
     ///
-    /// [`AgentError`], with `SANDBOX_ACTIVE` if it was used. After [`AgentError::Unreachable`] it may be stored.
+    /// [`AgentError`], with `SANDBOX_ACTIVE` if it was used. After [`AgentError::Unreachable`] it may be hibernated.
     pub async fn hibernate_vm(
         &self,
         record: &SandboxRecord,
         if_idle_since: Option<SystemTime>,
-    ) -> Result<i64, AgentError> {
+    ) -> Result<HibernateVmResponse, AgentError> {
         let request = HibernateVmRequest {
             sandbox_id: record.sandbox_id.clone(),
             epoch: record.epoch,
@@ -192,7 +193,7 @@ impl Agents {
             let (mut agent, request) = (agent.clone(), within(HIBERNATE_DEADLINE, request.clone()));
             async move { agent.hibernate_vm(request).await }
         };
-        repeated(&record.host_id, call).await.map(|stored| stored.stored_bytes)
+        repeated(&record.host_id, call).await
     }
 
     /// Wakes the record's microVM.

@@ -31,7 +31,8 @@
 //!   asked to wake it. Until the host has answered, nobody can tell which it is; should the scheduler die in between,
 //!   reconciliation asks the host. For idleness a host stores only what is still idle, so that a call that has just begun
 //!   wins.
-//! - `HIBERNATED` is on a host, too: its disk and memory are stored there.
+//! - `HIBERNATED` is on a host, too: its disk and memory are stored there. A host may store the memory after it has
+//!   answered: until then `stored_bytes` is 0.
 //! - `reserved` says whether the sandbox's share of host and quota is counted. It changes in the same transaction as
 //!   the counts; every step that clears it does so once, because it starts from a record that has it set.
 //! - The epoch grows with each placement and with deletion, and never shrinks.
@@ -45,7 +46,7 @@ use std::{
 };
 
 use oc_proto::{
-    mesh::{CreateVmResponse, SandboxRecord, SandboxTransition, WakeVmResponse},
+    mesh::{CreateVmResponse, HibernateVmResponse, SandboxRecord, SandboxTransition, WakeVmResponse},
     v1::SandboxState,
 };
 use thiserror::Error;
@@ -201,12 +202,12 @@ pub fn spare(record: &SandboxRecord, now: SystemTime) -> Result<SandboxRecord, D
     })
 }
 
-/// Its host has stored it. Fine if it is hibernated.
+/// Its host has hibernated it. Fine if it is hibernated.
 ///
 /// # Errors
 ///
 /// [`Denied`] if it neither runs nor is hibernated.
-pub fn hibernate(record: &SandboxRecord, stored_bytes: i64) -> Result<SandboxRecord, Denied> {
+pub fn hibernate(record: &SandboxRecord, host: &HibernateVmResponse) -> Result<SandboxRecord, Denied> {
     alive(record)?;
     unless_restoring(record)?;
     if record.state() == SandboxState::Hibernated {
@@ -215,10 +216,24 @@ pub fn hibernate(record: &SandboxRecord, stored_bytes: i64) -> Result<SandboxRec
     Ok(SandboxRecord {
         state: SandboxState::Hibernated.into(),
         transition: SandboxTransition::Unspecified.into(),
-        stored_bytes,
+        stored_bytes: host.stored_bytes,
+        hibernation_tier: host.tier,
         reserved: false,
         ..record.clone()
     })
+}
+
+/// Its host has stored it since it was hibernated, or has lost what it had stored.
+///
+/// # Errors
+///
+/// [`Denied`] unless it is hibernated, and nothing else is being done with it.
+pub fn note_stored(record: &SandboxRecord, stored_bytes: i64) -> Result<SandboxRecord, Denied> {
+    hibernated(record)?;
+    if record.transition() != SandboxTransition::Unspecified {
+        return Err(Denied::NotReady);
+    }
+    Ok(SandboxRecord { stored_bytes, ..record.clone() })
 }
 
 /// Its host is going to be asked to wake it: its share is counted from now on. Fine if it is marked.

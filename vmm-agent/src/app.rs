@@ -89,7 +89,7 @@ pub async fn run(
     let boot_id = journal::boot_id().map_err(failed)?;
     let workshop = Arc::new(Workshop::open(backend.clone(), &config.data_dir, boot_id).map_err(failed)?);
     let pool = Pool::new(workshop.clone(), config.pool.clone());
-    let host = Host::open(workshop, pool.clone(), config.limits).map_err(failed)?;
+    let host = Host::open(workshop, pool.clone(), config.limits, config.paused).map_err(failed)?;
     host.recover().await.map_err(AppError::Recovery)?;
 
     // What ends first: the membership with the signal, the pool after the last call.
@@ -115,6 +115,7 @@ pub async fn run(
     .await?;
     tasks.spawn(member);
     tasks.spawn(pool.run(calls_done.clone()));
+    tasks.spawn(host.clone().relieve(calls_done.clone()));
     tasks.close();
     info!(%endpoint, host_id = config.host_id, accelerator = backend.accelerator(), vmm = backend.vmm(), "ready");
 

@@ -122,8 +122,15 @@ pub trait Instance: Debug + Send + Sync + 'static {
     /// Boots `kind`. Its guest answers then.
     async fn boot(&mut self, kind: &Kind) -> Result<(), MakeError>;
 
-    /// Stores the memory and devices of a VM that runs, beside its disk; `is_quiet` says whether its guest has written
-    /// everything back to it. It is paused then, and still there. Returns what that takes, bytes.
+    /// Hangs up on the guest of a VM that runs, and halts it, after what was stored of it earlier is removed for good. It
+    /// may be stored then, and [`Instance::resume`] lets it go on.
+    async fn halt(&mut self) -> Result<(), MakeError>;
+
+    /// Stores the memory and devices of a VM that was halted, beside its disk; `is_quiet` says whether its guest had
+    /// written everything back to it. It stays as it is. Returns what that takes, bytes.
+    ///
+    /// Dropped half-way, it may go on for a while, and may even be done; whatever else is done with the VM does not
+    /// suffer from that, and [`Instance::forget_stored`] waits for it.
     async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError>;
 
     /// Takes the state of a VM that runs, which goes on. Returns for how long it did not run. [`Instance::keep_capture`]
@@ -153,8 +160,9 @@ pub trait Instance: Debug + Send + Sync + 'static {
     /// Boots a VM from its disk as it is. Its guest answers then.
     async fn boot_stored(&mut self, kind: &Kind) -> Result<(), MakeError>;
 
-    /// Removes what is stored of its memory, which a VM that has gone on makes worthless.
-    async fn forget_stored(&mut self) -> Result<(), MakeError>;
+    /// Removes what is stored of its memory, which a VM that has gone on makes worthless. Not to be waited for beside
+    /// another call.
+    fn forget_stored(&self) -> BoxFuture<'static, Result<(), MakeError>>;
 
     /// Takes over the process that an earlier agent started. `false` if it is gone.
     async fn adopt(&mut self) -> Result<bool, MakeError>;

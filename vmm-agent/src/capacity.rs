@@ -58,13 +58,23 @@ impl Limits {
     ///
     /// [`Full`] names what is short.
     pub fn admit(&self, sandboxes: usize, room: Room) -> Result<(), Full> {
-        if sandboxes >= self.max_sandboxes {
-            return Err(Full::Sandboxes { max: self.max_sandboxes });
-        }
+        self.admit_beside(sandboxes)?;
         if room.memory_mb < self.memory_reserve_mb {
             return Err(Full::Memory { available_mb: room.memory_mb, reserve_mb: self.memory_reserve_mb });
         }
         self.admit_to_disk(room)
+    }
+
+    /// Whether one sandbox more may be there beside `sandboxes` others, as far as their number goes.
+    ///
+    /// # Errors
+    ///
+    /// [`Full::Sandboxes`].
+    pub fn admit_beside(&self, sandboxes: usize) -> Result<(), Full> {
+        if sandboxes >= self.max_sandboxes {
+            return Err(Full::Sandboxes { max: self.max_sandboxes });
+        }
+        Ok(())
     }
 
     /// Whether one sandbox more may be stored.

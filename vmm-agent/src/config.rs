@@ -4,6 +4,7 @@ use std::{
     env,
     path::{Path, PathBuf},
     str::FromStr,
+    time::Duration,
 };
 
 use clap::{Parser, ValueEnum};
@@ -13,6 +14,7 @@ use crate::{
     capacity::{self, Limits},
     microvm::Kind,
     pool,
+    vm::tier::Policy,
 };
 
 /// Memory that a waiting clone and what a sandbox soon makes of it take together, MiB: what the pool's size is
@@ -22,6 +24,8 @@ const CLONE_BUDGET_MB: u64 = 256;
 const WAITING_CLONE_MB: u64 = 64;
 /// The pool is no larger than this unless told.
 const DEFAULT_POOL: u64 = 24;
+/// As long as a sandbox may be idle at most: 31 days.
+const MAX_PAUSED_FOR_SECONDS: u64 = 31 * 24 * 3600;
 /// What most sandboxes are: the size a create gets that names none.
 const DEFAULT_KIND: (&str, u32, u32) = ("base", 1, 1024);
 
@@ -65,6 +69,11 @@ pub struct Args {
     /// How many times the host's memory may be promised to guests: clones share what they do not change.
     #[arg(long, env = "OC_MEMORY_OVERCOMMIT", default_value_t = 8)]
     pub memory_overcommit: u32,
+    /// Seconds that a hibernated sandbox's process stays, paused, so that it wakes at once; 0 ends it before the
+    /// hibernation is answered. Whenever memory is short it is ended early.
+    #[arg(long, env = "OC_PAUSED_FOR", default_value_t = 120, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(..=MAX_PAUSED_FOR_SECONDS))]
+    pub paused_for: u64,
     /// What runs the guests' instructions.
     #[arg(long, env = "OC_ACCELERATOR", value_enum, default_value_t = AcceleratorChoice::Auto)]
     pub accelerator: AcceleratorChoice,
@@ -137,6 +146,8 @@ pub struct Config {
     pub pool: pool::Settings,
     /// What the host takes at most.
     pub limits: Limits,
+    /// How long hibernated VMs keep their process.
+    pub paused: Policy,
     /// Guest memory that may be promised, MiB.
     pub memory_capacity_mb: u64,
     /// What runs the guests' instructions.
@@ -221,6 +232,11 @@ impl Config {
             disk_reserve_mb: args.disk_reserve_mb,
             data_dir: data_dir.clone(),
         };
+        let paused = Policy {
+            paused_for: Duration::from_secs(args.paused_for),
+            // The pool makes no clone, and gives none up, for the sake of a sandbox that sleeps.
+            headroom_mb: if pool.shelves.iter().any(|(_, count)| *count > 0) { WAITING_CLONE_MB } else { 0 },
+        };
         Ok(Self {
             store: args.store.ok_or_else(|| invalid("--store", "is needed"))?,
             listen: args.listen.ok_or_else(|| invalid("--listen", "is needed"))?,
@@ -230,6 +246,7 @@ impl Config {
             guest_binary,
             pool,
             limits,
+            paused,
             memory_capacity_mb: total_mb.saturating_mul(u64::from(args.memory_overcommit.max(1))),
             accelerator: args.accelerator,
             snapshots: !args.no_snapshots,

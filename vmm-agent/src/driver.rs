@@ -6,7 +6,7 @@
 //! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
 //! - [`guest_link`]: the way to a guest; [`graft`]: a snapshot's state in a VM that runs already.
 //! - [`pages`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment, on disk;
-//!   [`capture`] takes it, [`shelf`] keeps those of sandboxes.
+//!   [`capture`] takes it, [`shelf`] keeps those of sandboxes, [`stored`] that of one that hibernates.
 //! - [`instance`]: all of it as the lifecycle uses it.
 //! - [`durable`]: files that are whole or not there.
 //!
@@ -34,6 +34,7 @@ pub mod qemu;
 pub mod running;
 pub mod shelf;
 pub mod snapshot;
+pub mod stored;
 pub mod template;
 pub mod vmm;
 

@@ -4,6 +4,7 @@
 //! what is under way; one of a later epoch replaces it; one of an earlier epoch, or of one that was deleted here,
 //! is refused. All of that is decided under one lock that is never held over an await.
 
+pub mod paused;
 pub mod recovery;
 
 use std::{
@@ -14,13 +15,13 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
     backend::{Captured, Wanted},
-    capacity::{self, Limits},
+    capacity::{self, Full, Limits, Room},
     identity::{Epoch, SandboxId},
     journal::{Owner, StartPath},
     microvm::MakeError,
@@ -28,12 +29,16 @@ use crate::{
     tombstones::{self, Tombstones},
     vm::{
         decide::{Denied, Phase},
-        handle::{Vm, VmError},
+        handle::{Hibernated, Vm, VmError},
         start::{Order, Origin, StartError, Starter},
         task::Surroundings,
+        tier::Policy,
     },
     workshop::Workshop,
 };
+
+/// VMs of the first tier that are captured at once: they share the disk with those that run.
+const CAPTURES_AT_ONCE: usize = 2;
 
 /// The sandboxes of this host. Clones of this handle are the same host.
 #[derive(Clone, Debug)]
@@ -68,11 +73,13 @@ impl Host {
     /// # Errors
     ///
     /// If the tombstones cannot be read.
-    pub fn open(workshop: Arc<Workshop>, pool: Pool, limits: Limits) -> io::Result<Self> {
+    pub fn open(workshop: Arc<Workshop>, pool: Pool, limits: Limits, policy: Policy) -> io::Result<Self> {
         let tombstones = Tombstones::open(workshop.data_dir().join(tombstones::FILE))?;
         let surroundings = Surroundings {
             starter: Arc::new(Starter::new(workshop.clone(), pool)),
             tombstones: Arc::new(Mutex::new(tombstones)),
+            policy,
+            captures: Arc::new(Semaphore::new(CAPTURES_AT_ONCE)),
             leave: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
@@ -87,7 +94,14 @@ impl Host {
     /// [`VmError`]; after a failed start the same epoch may be tried again.
     pub async fn create(&self, owner: Owner, order: Order) -> Result<StartPath, VmError> {
         let epoch = owner.epoch;
-        self.find_or_begin(owner, order)?.join(epoch).await
+        let vm = loop {
+            match self.find_or_begin(owner.clone(), order.clone()) {
+                Err(VmError::Start(StartError::Full(Full::Memory { .. })))
+                    if self.end_oldest_paused().await => {}
+                found => break found?,
+            }
+        };
+        vm.join(epoch).await
     }
 
     fn find_or_begin(&self, owner: Owner, order: Order) -> Result<Vm, VmError> {
@@ -115,13 +129,16 @@ impl Host {
     }
 
     fn admit(&self, sandboxes: usize) -> Result<(), StartError> {
-        match capacity::measure(self.0.workshop.data_dir()) {
-            Ok(room) => Ok(self.0.limits.admit(sandboxes, room)?),
-            Err(error) => {
-                warn!(%error, "cannot measure the host; starting all the same");
-                Ok(())
-            }
+        match self.measure() {
+            Some(room) => Ok(self.0.limits.admit(sandboxes, room)?),
+            None => Ok(()),
         }
+    }
+
+    /// What the host has. One that cannot be measured is not known to be short of anything.
+    fn measure(&self) -> Option<Room> {
+        let measured = capacity::measure(self.0.workshop.data_dir());
+        measured.inspect_err(|error| warn!(%error, "cannot measure the host; going on all the same")).ok()
     }
 
     /// Begins the task of a VM. The caller puts it into the registry, under the lock that it holds.
@@ -166,23 +183,25 @@ impl Host {
         Ok(())
     }
 
-    /// Stores a sandbox's VM and waits until only what is stored is left of it. Returns what that takes, bytes; `None` if
-    /// there is no such VM.
+    /// Puts a sandbox's VM to sleep, in the first tier if the host can spare the memory, and waits until it sleeps for good.
+    /// `None` if there is no such VM.
     ///
     /// # Errors
     ///
-    /// [`VmError`] says why it is not stored.
+    /// [`VmError`] says why it runs on.
     pub async fn hibernate(
         &self,
         sandbox: &SandboxId,
         epoch: Epoch,
         idle_since: Option<SystemTime>,
-    ) -> Result<Option<u64>, VmError> {
+    ) -> Result<Option<Hibernated>, VmError> {
         let Some(vm) = self.find(sandbox) else { return Ok(None) };
+        let room = self.measure();
         if vm.status().phase == Phase::Running {
-            self.admit_to_disk()?;
+            self.admit_to_disk(room)?;
         }
-        vm.hibernate(epoch, idle_since).await.map(Some)
+        let tier = self.0.surroundings.policy.tier(&self.0.limits, self.processes(), room);
+        vm.hibernate(epoch, idle_since, tier).await.map(Some)
     }
 
     /// Takes the state of a sandbox's VM down as a snapshot. One of that name is returned as it is. `None` if there is no
@@ -202,7 +221,7 @@ impl Host {
             return Ok(Some(there));
         }
         let Some(vm) = self.find(sandbox) else { return Ok(None) };
-        self.admit_to_disk()?;
+        self.admit_to_disk(self.measure())?;
         vm.capture(epoch, wanted).await.map(Some)
     }
 
@@ -241,20 +260,28 @@ impl Host {
         order: &Order,
     ) -> Result<Option<StartPath>, VmError> {
         let Some(vm) = self.find(sandbox) else { return Ok(None) };
-        if vm.status().phase == Phase::Hibernated {
+        while vm.status().phase == Phase::Hibernated {
             let awake = awake(&self.0.vms.lock());
-            self.admit(awake)?;
+            // One of the first tier has its memory.
+            let admitted = match vm.candidate() {
+                Some(_) => self.0.limits.admit_beside(awake).map_err(StartError::from),
+                None => self.admit(awake),
+            };
+            match admitted {
+                Err(StartError::Full(Full::Memory { .. })) if self.end_oldest_paused().await => {}
+                admitted => {
+                    admitted?;
+                    break;
+                }
+            }
         }
         vm.wake(epoch, order).await.map(Some)
     }
 
-    fn admit_to_disk(&self) -> Result<(), StartError> {
-        match capacity::measure(self.0.workshop.data_dir()) {
-            Ok(room) => Ok(self.0.limits.admit_to_disk(room)?),
-            Err(error) => {
-                warn!(%error, "cannot measure the host; storing all the same");
-                Ok(())
-            }
+    fn admit_to_disk(&self, room: Option<Room>) -> Result<(), StartError> {
+        match room {
+            Some(room) => Ok(self.0.limits.admit_to_disk(room)?),
+            None => Ok(()),
         }
     }
 

@@ -4,15 +4,17 @@
 //! making ──▶ pooled ──▶ claimed ──▶ running ──▶ deleting
 //!    └─────────────────▶ claimed      │ ▲└──▶ failed ──▶ deleting
 //!                                     ▼ │
-//!                                  hibernated ──▶ deleting
+//!                                    paused ──▶ hibernated ──▶ running, deleting
 //! ```
+//!
+//! (`paused` may be skipped, and leads where `hibernated` does.)
 //!
 //! One record per VM, in a directory that only the agent can write: a VM's home belongs to the user that its VMM
 //! runs as, which must not be able to say whose VM it is.
 //!
 //! The record is replaced whole (a new file renamed over the old one), so a reader finds one stage or the next.
 //! It is not fsynced: it has to survive the agent, and a crash of the machine ends every VM that it speaks of,
-//! which the boot ID in it tells. Only a VM that is stored survives the machine: that it is, and that it is no more, is
+//! which the boot ID in it tells. Only a VM that is hibernated survives the machine: that it is, and that it is no more, is
 //! on disk before anything follows from it ([`Journal::enter_for_good`]). After a crash of the agent, [`Record::recovery`] says what start-up makes of
 //! each stage: what no caller was told of is undone, what one was told of goes on.
 
@@ -21,11 +23,15 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt as _,
     path::PathBuf,
+    time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::identity::{Epoch, SandboxId};
+use crate::{
+    identity::{Epoch, SandboxId},
+    vm::tier::Paused,
+};
 
 /// The journal's directory in a data directory.
 pub const JOURNAL_DIR: &str = "journal";
@@ -61,6 +67,8 @@ pub enum StartPath {
     Clone,
     /// Booted.
     Cold,
+    /// Went on from its memory, which had stayed where it was.
+    Paused,
     /// Went on from its stored memory.
     Memory,
     /// Booted from its stored disk.
@@ -78,6 +86,7 @@ impl StartPath {
             Self::Warm => "warm",
             Self::Clone => "clone",
             Self::Cold => "cold",
+            Self::Paused => "paused",
             Self::Memory => "memory",
             Self::Disk => "disk",
             Self::Restored => "restored",
@@ -104,14 +113,26 @@ pub enum Stage {
         /// How it was started.
         path: StartPath,
     },
-    /// It is stored, and has no process.
+    /// It is hibernated, and its process stands still with its memory. Whatever is stored of that is of this pause.
+    Paused {
+        /// Its sandbox.
+        #[serde(flatten)]
+        owner: Owner,
+        /// How it was started.
+        path: StartPath,
+        /// Since when.
+        since: SystemTime,
+        /// What its memory and devices take on disk, bytes; 0 as long as they are not known to be there.
+        stored_bytes: u64,
+    },
+    /// It is stored, and has no process that counts.
     Hibernated {
         /// Its sandbox.
         #[serde(flatten)]
         owner: Owner,
         /// How it was started.
         path: StartPath,
-        /// What its memory and devices take, bytes.
+        /// What its memory and devices take, bytes; 0 if only its disk is there.
         stored_bytes: u64,
     },
     /// It ran and was lost; its sandbox is shown as failed until it is deleted.
@@ -135,6 +156,8 @@ pub enum Recovery {
     FinishDelete(Owner),
     /// Take it over; if its process is gone it has failed.
     Adopt(Owner, StartPath),
+    /// Take it over as it is: it stands still.
+    KeepPaused(Owner, StartPath, Paused),
     /// End what is left of its process, and keep what is stored.
     KeepStored(Owner, StartPath, u64),
     /// Go on showing that it failed.
@@ -144,13 +167,20 @@ pub enum Recovery {
 impl Record {
     /// Decides what becomes of the VM when the agent starts on the boot called `boot_id`.
     ///
-    /// One that is stored needs nothing of a boot. Any other VM of another boot has no process, and its socket, cgroup and clone of the memory are void: whatever
+    /// One that is stored needs nothing of a boot, and of one that was paused its disk is left. Any other VM of another boot has no process, and its socket, cgroup and clone of the memory are void: whatever
     /// it was, it is removed; the scheduler learns from the missing sandbox that it is lost.
     pub fn recovery(self, boot_id: &str) -> Recovery {
         match self.stage {
             Stage::Deleting(owner) => Recovery::FinishDelete(owner),
             Stage::Hibernated { owner, path, stored_bytes } => {
                 Recovery::KeepStored(owner, path, stored_bytes)
+            }
+            // Its memory went with the machine, unless it was stored by then.
+            Stage::Paused { owner, path, stored_bytes, .. } if self.boot_id != boot_id => {
+                Recovery::KeepStored(owner, path, stored_bytes)
+            }
+            Stage::Paused { owner, path, since, stored_bytes } => {
+                Recovery::KeepPaused(owner, path, Paused { since, stored_bytes, is_gone: false })
             }
             _ if self.boot_id != boot_id => Recovery::Remove,
             Stage::Making | Stage::Pooled | Stage::Claimed(_) => Recovery::Remove,
@@ -285,6 +315,8 @@ mod tests {
         Owner { sandbox: SandboxId::parse("sb-1").unwrap(), epoch: Epoch(7) }
     }
 
+    const SINCE: SystemTime = SystemTime::UNIX_EPOCH;
+
     fn stages() -> Vec<Stage> {
         vec![
             Stage::Making,
@@ -294,6 +326,7 @@ mod tests {
             Stage::Failed { owner: owner(), reason: "it burnt".into() },
             Stage::Deleting(owner()),
             Stage::Hibernated { owner: owner(), path: StartPath::Clone, stored_bytes: 5 },
+            Stage::Paused { owner: owner(), path: StartPath::Warm, since: SINCE, stored_bytes: 7 },
         ]
     }
 
@@ -344,6 +377,11 @@ mod tests {
             Recovery::KeepFailed(owner(), "it burnt".into()),
             Recovery::FinishDelete(owner()),
             Recovery::KeepStored(owner(), StartPath::Clone, 5),
+            Recovery::KeepPaused(
+                owner(),
+                StartPath::Warm,
+                Paused { since: SINCE, stored_bytes: 7, is_gone: false },
+            ),
         ];
         for (stage, expected) in stages().into_iter().zip(expected) {
             assert_eq!(Record { boot_id: "now".into(), stage }.recovery("now"), expected);
@@ -353,7 +391,7 @@ mod tests {
     #[test]
     fn of_another_boot_only_what_is_stored_goes_on() {
         for stage in stages() {
-            let is_stored = matches!(stage, Stage::Hibernated { .. });
+            let is_stored = matches!(stage, Stage::Hibernated { .. } | Stage::Paused { .. });
             let recovery = Record { boot_id: "before".into(), stage }.recovery("now");
             match recovery {
                 Recovery::KeepStored(..) => assert!(is_stored),

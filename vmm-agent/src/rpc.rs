@@ -6,11 +6,15 @@ use std::{
 };
 
 use oc_mesh::error::{Reason, status};
-use oc_proto::mesh::{
-    self, CaptureVmRequest, CaptureVmResponse, CreateVmRequest, CreateVmResponse, DeleteSnapshotRequest,
-    DeleteSnapshotResponse, DeleteVmRequest, DeleteVmResponse, HibernateVmRequest, HibernateVmResponse,
-    ListVmsRequest, ListVmsResponse, Snapshot, SnapshotSource, VerifySnapshotRequest, VerifySnapshotResponse,
-    VmSize, VmState, WakeVmRequest, WakeVmResponse, agent_service_server::AgentService,
+use oc_proto::{
+    mesh::{
+        self, CaptureVmRequest, CaptureVmResponse, CreateVmRequest, CreateVmResponse, DeleteSnapshotRequest,
+        DeleteSnapshotResponse, DeleteVmRequest, DeleteVmResponse, HibernateVmRequest, HibernateVmResponse,
+        ListVmsRequest, ListVmsResponse, Snapshot, SnapshotSource, VerifySnapshotRequest,
+        VerifySnapshotResponse, VmSize, VmState, WakeVmRequest, WakeVmResponse,
+        agent_service_server::AgentService,
+    },
+    v1::HibernationTier,
 };
 use tonic::{Request, Response, Status};
 
@@ -26,6 +30,7 @@ use crate::{
         decide::{Denied, Phase},
         handle::VmError,
         start::{Order, Source, StartError},
+        tier::Tier,
     },
 };
 
@@ -77,7 +82,14 @@ impl AgentService for AgentRpc {
         let idle_since = parse_idle_since(request.if_idle_since)?;
         let stored = self.host.hibernate(&sandbox, Epoch(request.epoch), idle_since).await;
         let stored = stored.map_err(|error| vm_status(&error))?.ok_or_else(|| unknown(&sandbox))?;
-        Ok(Response::new(HibernateVmResponse { stored_bytes: signed(stored) }))
+        let tier = match stored.tier {
+            Tier::Paused => HibernationTier::Paused,
+            Tier::Stored => HibernationTier::Stored,
+        };
+        Ok(Response::new(HibernateVmResponse {
+            stored_bytes: signed(stored.stored_bytes),
+            tier: tier.into(),
+        }))
     }
 
     async fn wake_vm(&self, request: Request<WakeVmRequest>) -> Result<Response<WakeVmResponse>, Status> {
@@ -232,6 +244,7 @@ fn start_path(path: StartPath) -> mesh::StartPath {
         StartPath::Warm => mesh::StartPath::Warm,
         StartPath::Clone => mesh::StartPath::Clone,
         StartPath::Cold => mesh::StartPath::Cold,
+        StartPath::Paused => mesh::StartPath::Paused,
         StartPath::Memory => mesh::StartPath::Memory,
         StartPath::Disk => mesh::StartPath::Disk,
         StartPath::Restored => mesh::StartPath::Restored,

@@ -13,6 +13,10 @@ const CREATE_SECONDS: &str = "oc_agent_create_seconds";
 const START_STEP_SECONDS: &str = "oc_agent_start_step_seconds";
 const ATTEMPTS_FAILED: &str = "oc_agent_start_attempts_failed_total";
 const RUNNING: &str = "oc_agent_vms_running";
+const PAUSED: &str = "oc_agent_vms_paused";
+const FIRST_TIER_LEFT: &str = "oc_agent_first_tier_left_total";
+const FIRST_TIER_FAILED: &str = "oc_agent_first_tier_failures_total";
+const WAKES: &str = "oc_agent_wakes_total";
 const LOST: &str = "oc_agent_vms_lost_total";
 const POOL_READY: &str = "oc_agent_pool_ready";
 const POOL_FAILED: &str = "oc_agent_pool_failures_total";
@@ -24,6 +28,13 @@ pub fn describe() {
     describe_histogram!(START_STEP_SECONDS, Unit::Seconds, "Steps of starting a VM");
     describe_counter!(ATTEMPTS_FAILED, "Ways of starting a VM that failed and were followed by another");
     describe_gauge!(RUNNING, "VMs of sandboxes that run");
+    describe_gauge!(PAUSED, "Hibernated VMs whose process stands still with their memory");
+    describe_counter!(FIRST_TIER_LEFT, "Hibernated VMs whose paused process was ended, by why");
+    describe_counter!(
+        FIRST_TIER_FAILED,
+        "Times that a paused VM could not be captured, or ended, and will be later"
+    );
+    describe_counter!(WAKES, "Wakes, by what the VM went on from");
     describe_counter!(LOST, "VMs of sandboxes that ran and were lost");
     describe_gauge!(POOL_READY, "Clones that wait in the pool");
     describe_counter!(POOL_FAILED, "Clones that could not be made for the pool or died in it");
@@ -78,6 +89,37 @@ impl Drop for Running {
     fn drop(&mut self) {
         gauge!(RUNNING).decrement(1);
     }
+}
+
+/// Counts a hibernated VM whose process stands still while it lives.
+#[derive(Debug)]
+pub struct Paused(());
+
+/// A hibernated VM keeps its process until the answer is dropped.
+pub fn paused() -> Paused {
+    gauge!(PAUSED).increment(1);
+    Paused(())
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        gauge!(PAUSED).decrement(1);
+    }
+}
+
+/// A paused process was ended: its `time` was over, there was `pressure`, or it was `lost`.
+pub fn first_tier_left(why: &'static str) {
+    counter!(FIRST_TIER_LEFT, "why" => why).increment(1);
+}
+
+/// A paused VM could not be captured, or ended; that is tried again.
+pub fn first_tier_failed() {
+    counter!(FIRST_TIER_FAILED).increment(1);
+}
+
+/// A hibernated VM was woken.
+pub fn woken(path: StartPath) {
+    counter!(WAKES, "path" => path.as_str()).increment(1);
 }
 
 /// A VM that ran was lost.

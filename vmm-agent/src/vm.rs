@@ -45,3 +45,4 @@ pub mod handle;
 pub mod sleep;
 pub mod start;
 pub mod task;
+pub mod tier;

@@ -1,4 +1,5 @@
-//! Sandboxes are stored and woken, and the agent dies at every step of that.
+//! Sandboxes are stored and woken, and the agent dies at every step of that. Nothing is paused first here: that is in
+//! `paused.rs`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,6 +18,7 @@ use oc_vmm_agent::{
         decide::{Denied, Phase},
         handle::VmError,
         start::StartError,
+        tier::Tier,
     },
 };
 use tokio::runtime::Runtime;
@@ -25,7 +27,9 @@ use world::{Agent, DEADLINE, World, eventually, id, order, owner};
 const NAME: &str = "sb-1";
 
 async fn hibernate(agent: &Agent) -> Result<u64, VmError> {
-    agent.host.hibernate(&id(NAME), owner(NAME, 1).epoch, None).await.map(Option::unwrap)
+    let hibernated = agent.host.hibernate(&id(NAME), owner(NAME, 1).epoch, None).await?.unwrap();
+    assert_eq!(hibernated.tier, Tier::Stored);
+    Ok(hibernated.stored_bytes)
 }
 
 async fn wake(agent: &Agent) -> Result<StartPath, VmError> {

@@ -327,6 +327,9 @@ pub struct UpArguments {
     /// Sandboxes this machine takes at most
     #[arg(long, value_name = "N")]
     pub max_sandboxes: Option<u32>,
+    /// Seconds a hibernated sandbox's process stays, paused, so that it wakes at once; 0 for none [default: 120]
+    #[arg(long, value_name = "SECONDS")]
+    pub paused_for: Option<u32>,
     /// Boot every sandbox: no golden snapshots, no clones, no pool
     #[arg(long)]
     pub no_snapshots: bool,

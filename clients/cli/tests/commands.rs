@@ -42,7 +42,8 @@ fn a_sandbox_is_created_shown_listed_and_killed() {
     assert_eq!(shell.json(&format!("get {id}"))["timeout"], 7);
     let stored = shell.json(&format!("sandbox hibernate {id}"));
     assert_eq!((&stored["sandboxID"], &stored["status"]), (&json!(id), &json!("hibernated")));
-    assert!(shell.ok(&format!("sandbox hibernate {id}")).contains("5 MiB"));
+    let told = shell.ok(&format!("sandbox hibernate {id}"));
+    assert!(told.contains("5 MiB") && told.contains("stored"), "{told}");
     assert_eq!(shell.json(&format!("sandbox wake {id}"))["startPath"], "memory");
     assert_eq!(shell.json(&format!("kill {id}")), json!({}));
     assert_eq!(shell.refused(&format!("get {id}")), (3, "SANDBOX_NOT_FOUND".to_owned()));

@@ -114,7 +114,7 @@ pub async fn a_disk_that_fills_up_amid_a_capture_leaves_nothing_of_it(_: Arc<()>
     let disk = Disk::mount()?;
     let mesh = Mesh::start_in(
         Some(&disk.path().join("state")),
-        &["--pool-size", "0"],
+        &["--pool-size", "0", "--paused-for", "0"],
         &[("OC_DISK_RESERVE_MB", "20")],
     )?;
     let rest = mesh.rest();

@@ -21,7 +21,8 @@ fn main() -> ExitCode {
             a_sandbox_outlives_its_supervisor,
             a_call_that_is_cut_off_says_so;
         sleepers:
-            a_sandbox_sleeps_or_runs_whoever_dies;
+            a_sandbox_is_paused_or_runs_whoever_dies,
+            a_sandbox_is_stored_or_runs_whoever_dies;
         branches:
             a_sandbox_is_as_before_or_as_after_whoever_dies;
         chaos:

@@ -1,4 +1,4 @@
-//! Services that die while a sandbox is put to sleep or woken.
+//! Services that die while a sandbox is put to sleep or woken, in either tier.
 
 use std::{
     sync::Arc,
@@ -20,11 +20,19 @@ const SERVICES: [&str; 3] = ["vmm-agent", "scheduler", "gateway"];
 /// At rest a hibernation and a wake are both done by then.
 const WITHIN_MS: u64 = 400;
 
-pub async fn a_sandbox_sleeps_or_runs_whoever_dies(_: Arc<()>) -> anyhow::Result<()> {
+pub async fn a_sandbox_is_paused_or_runs_whoever_dies(_: Arc<()>) -> anyhow::Result<()> {
+    sleeps_or_runs("3600").await
+}
+
+pub async fn a_sandbox_is_stored_or_runs_whoever_dies(_: Arc<()>) -> anyhow::Result<()> {
+    sleeps_or_runs("0").await
+}
+
+async fn sleeps_or_runs(paused_for: &str) -> anyhow::Result<()> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     eprintln!("sleepers: seed {seed}");
     let mut dice = Dice(seed);
-    let mesh = Mesh::start(&["--pool-size", "0"])?;
+    let mesh = Mesh::start(&["--pool-size", "0", "--paused-for", paused_for])?;
     let sandbox = mesh.rest().create(json!({ "timeout": 0 })).await?;
     // In memory only, and counted by one process: it is never another one, and never goes back.
     sandbox.run("(n=0; while :; do n=$((n + 1)); echo $n > /dev/shm/n; mv /dev/shm/n /dev/shm/beat; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid").await?;
@@ -68,8 +76,11 @@ pub async fn a_sandbox_sleeps_or_runs_whoever_dies(_: Arc<()>) -> anyhow::Result
         mesh.rest().get("/api/nodes").await?.expect(200).map(drop)
     })
     .await?;
-    assert!(processes::vmms(mesh.state()).is_empty());
+    let left = processes::vmms(mesh.state()).len();
+    assert_eq!(left, usize::from(paused_for != "0"), "only one that is paused has a process");
     eventually("it wakes", async || sandbox.run("cat /dev/shm/pid").await.map(drop)).await?;
+    let path = if paused_for == "0" { "memory" } else { "paused" };
+    assert_eq!(sandbox.get().await?.expect(200)?.json()["startPath"], path);
     sandbox.delete().await?;
     mesh.stop()
 }

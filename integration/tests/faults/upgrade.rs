@@ -15,7 +15,14 @@ pub async fn what_was_made_of_an_older_build_goes_on(_: Arc<()>) -> anyhow::Resu
     let directory = tempfile::tempdir()?;
     let guest = directory.path().join("oc-init");
     std::fs::copy(prepared::binaries()?.join("oc-init"), &guest)?;
-    let mesh = Mesh::start(&["--pool-size", "0", "--guest-binary", &guest.display().to_string()])?;
+    let mesh = Mesh::start(&[
+        "--pool-size",
+        "0",
+        "--paused-for",
+        "0",
+        "--guest-binary",
+        &guest.display().to_string(),
+    ])?;
     let rest = mesh.rest();
     let sandbox = rest.create(json!({ "timeout": 0 })).await?;
     sandbox.run("echo in memory > /dev/shm/file; echo on disk > file").await?;

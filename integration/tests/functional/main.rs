@@ -11,6 +11,7 @@ mod host;
 mod main_job;
 mod refusals;
 mod tenants;
+mod tiers;
 mod watch;
 
 use std::process::ExitCode;
@@ -50,6 +51,9 @@ fn main() -> ExitCode {
             a_call_under_way_is_told_that_its_sandbox_sleeps,
             damaged_memory_leads_to_a_boot_from_the_disk,
             writers_lose_nothing_however_often_their_sandbox_sleeps;
+        tiers:
+            a_paused_sandbox_goes_on_whatever_dies,
+            a_paused_sandbox_makes_room;
         checkpoints:
             a_checkpoint_is_gone_back_to_and_branched_from,
             a_running_sandbox_branches_while_it_goes_on,
@@ -80,5 +84,6 @@ fn main() -> ExitCode {
             a_vmm_is_nobody_and_bounded,
             nothing_secret_is_logged;
     };
-    suite.run(|| Mesh::start(&["--pool-size", "2"]), Mesh::stop)
+    // Long enough for some that are woken soon, and no longer than a test waits for.
+    suite.run(|| Mesh::start(&["--pool-size", "2", "--paused-for", "1"]), Mesh::stop)
 }

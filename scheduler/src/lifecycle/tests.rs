@@ -14,6 +14,7 @@ enum Step {
     MarkHibernating,
     Spare,
     Hibernate,
+    NoteStored,
     MarkWaking,
     Doze,
     Wake,
@@ -35,6 +36,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         Just(Step::MarkHibernating),
         Just(Step::Spare),
         Just(Step::Hibernate),
+        Just(Step::NoteStored),
         Just(Step::MarkWaking),
         Just(Step::Doze),
         Just(Step::Wake),
@@ -68,7 +70,8 @@ fn take(record: &SandboxRecord, step: Step, second: u64) -> Result<SandboxRecord
         Step::SetTimeout => set_timeout(record, 60, now),
         Step::MarkHibernating => mark_hibernating(record),
         Step::Spare => spare(record, now),
-        Step::Hibernate => hibernate(record, 7),
+        Step::Hibernate => hibernate(record, &HibernateVmResponse { stored_bytes: 7, ..Default::default() }),
+        Step::NoteStored => note_stored(record, 9),
         Step::MarkWaking => mark_waking(record),
         Step::Doze => doze(record),
         Step::Wake => wake(record, &WakeVmResponse::default(), now),
@@ -181,7 +184,7 @@ fn a_timeout_waits_for_the_end_of_a_hibernation() {
     let spared = spare(&marked, at(4)).unwrap();
     assert_eq!(set_timeout(&spared, 0, at(5)).unwrap().timeout, 0);
     assert_eq!(active_at(&spared), at(4));
-    let stored = hibernate(&marked, 1).unwrap();
+    let stored = hibernate(&marked, &HibernateVmResponse::default()).unwrap();
     assert_eq!(set_timeout(&stored, 60, at(5)).unwrap().timeout, 60);
 }
 

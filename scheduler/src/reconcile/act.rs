@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use oc_mesh::error::Reason;
-use oc_proto::mesh::{SandboxRecord, SnapshotSource, Vm};
+use oc_proto::mesh::{HibernateVmResponse, SandboxRecord, SnapshotSource, Vm};
 
 use super::plan::{Action, Around, Moment, judge, judge_record};
 use crate::{
@@ -109,7 +109,11 @@ impl Sandboxes {
                 self.ledger.step(stored, |record| lifecycle::spare(record, now)).await?;
             }
             Action::FinishHibernate { stored_bytes } => {
-                self.ledger.step(stored, |record| lifecycle::hibernate(record, *stored_bytes)).await?;
+                let host = HibernateVmResponse { stored_bytes: *stored_bytes, ..Default::default() };
+                self.ledger.step(stored, |record| lifecycle::hibernate(record, &host)).await?;
+            }
+            Action::NoteStored { stored_bytes } => {
+                self.ledger.step(stored, |record| lifecycle::note_stored(record, *stored_bytes)).await?;
             }
             Action::Doze => {
                 self.ledger.step(stored, lifecycle::doze).await?;

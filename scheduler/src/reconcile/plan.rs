@@ -51,8 +51,13 @@ pub enum Action {
     },
     /// Its host was going to be asked to store it, but nobody does any more.
     Spare,
-    /// Its host has stored it.
+    /// Its host has hibernated it.
     FinishHibernate {
+        /// What it has stored of it by now.
+        stored_bytes: i64,
+    },
+    /// Its host has stored it since it was hibernated.
+    NoteStored {
         /// What that takes.
         stored_bytes: i64,
     },
@@ -84,6 +89,7 @@ impl Action {
             Self::HibernateIdle { .. } => "hibernate_idle",
             Self::Spare => "spare",
             Self::FinishHibernate { .. } => "finish_hibernate",
+            Self::NoteStored { .. } => "note_stored",
             Self::Doze => "doze",
             Self::FinishWake => "finish_wake",
             Self::FinishRestore { .. } => "finish_restore",
@@ -187,7 +193,11 @@ fn judge_hibernated(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
         VmState::Failed => Some(lost(vm)),
         // Somebody has asked for it, and died.
         VmState::Running => Some(Action::FinishWake),
-        _ => (record.transition() == SandboxTransition::Waking).then_some(Action::Doze),
+        _ if record.transition() == SandboxTransition::Waking => Some(Action::Doze),
+        VmState::Hibernated if vm.stored_bytes != record.stored_bytes => {
+            Some(Action::NoteStored { stored_bytes: vm.stored_bytes })
+        }
+        _ => None,
     }
 }
 

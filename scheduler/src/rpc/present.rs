@@ -65,6 +65,7 @@ impl Presenter {
             from_checkpoint_id: record.from_checkpoint_id.clone(),
             forked_from: record.forked_from.clone(),
             renewed: record.renewed.clone(),
+            stored_bytes: record.stored_bytes,
         }
     }
 
@@ -96,6 +97,7 @@ fn start_path(path: StartPath) -> &'static str {
         StartPath::Warm => "warm",
         StartPath::Clone => "clone",
         StartPath::Cold => "cold",
+        StartPath::Paused => "paused",
         StartPath::Memory => "memory",
         StartPath::Disk => "disk",
         StartPath::Restored => "restored",

@@ -120,6 +120,7 @@ impl SandboxService for SandboxRpc {
         Ok(Response::new(HibernateSandboxResponse {
             state: record.state,
             size_bytes: record.stored_bytes,
+            tier: record.hibernation_tier,
             hibernation_key: format!("{}/{}/{}", record.host_id, record.sandbox_id, record.epoch),
             sandbox_id: record.sandbox_id,
         }))

@@ -1,11 +1,14 @@
 //! Storing a sandbox, and waking it.
 //!
 //! ```text
-//!   mark hibernating ─► host stores the microVM ─► write HIBERNATED, release the share ─► answer
+//!   mark hibernating ─► host hibernates the microVM ─► write HIBERNATED, release the share ─► answer
 //!                          └─ refuses ─► unmark ─► refuse
 //!   mark waking, count the share ─► host wakes it ─► write RUNNING ─► answer
 //!                                      └─ refuses ─► unmark, release the share ─► refuse
 //! ```
+//!
+//! A host may answer before the microVM is stored: what that takes is learned when it is
+//! [looked at](crate::reconcile) next.
 //!
 //! A host that does not answer leaves the mark: what became of it is found out by [reconciliation](crate::reconcile). Any
 //! number may wake a sandbox at once: the first one marks it, and on its host all of them wait for the same restore.
@@ -63,11 +66,11 @@ impl Sandboxes {
             marked => marked?,
         };
         match self.agents.hibernate_vm(&marked.record, if_idle_since).await {
-            Ok(stored_bytes) => {
-                let step = |record: &SandboxRecord| lifecycle::hibernate(record, stored_bytes);
+            Ok(host) => {
+                let step = |record: &SandboxRecord| lifecycle::hibernate(record, &host);
                 let stored = self.ledger.update(sandbox_id, step).await?.record;
-                let is_idle = if_idle_since.is_some();
-                tracing::info!(sandbox_id, stored_bytes, is_idle, "sandbox hibernated");
+                let (tier, is_idle) = (host.tier().as_str_name(), if_idle_since.is_some());
+                tracing::info!(sandbox_id, host.stored_bytes, tier, is_idle, "sandbox hibernated");
                 Ok(stored)
             }
             // Nobody knows what became of it. Reconciliation asks.

@@ -23,7 +23,7 @@ const STEPS: &[Step] = &[
     |record, now| lifecycle::set_timeout(record, 60, now),
     |record, _| lifecycle::mark_hibernating(record),
     |record, now| lifecycle::spare(record, now),
-    |record, _| lifecycle::hibernate(record, 7),
+    |record, _| lifecycle::hibernate(record, &Default::default()),
     |record, _| lifecycle::mark_waking(record),
     |record, _| lifecycle::doze(record),
     |record, now| lifecycle::wake(record, &WakeVmResponse::default(), now),

@@ -8,6 +8,7 @@ use super::{
     parts::Parts,
     running::on_disk,
     snapshot::{Draft, Manifest, Origin, Place},
+    stored::Writing,
     vmm::Machine,
 };
 use crate::{backend::Circumstances, microvm::MakeError, telemetry};
@@ -19,10 +20,13 @@ pub struct Capture {
     draft: Draft,
     memory: Option<GuestMemory>,
     layer: Option<PathBuf>,
+    /// Goes from thread to thread with the draft, and last.
+    writing: Writing,
 }
 
 impl Capture {
-    /// Begins to take the VM in `home` down at `place`: its `memory`, if given, and a copy of its disk, if wanted. It runs.
+    /// Begins to take the VM in `home` down at `place`: its `memory`, if given, and a copy of its disk, if wanted. It may
+    /// run.
     ///
     /// # Errors
     ///
@@ -32,12 +36,13 @@ impl Capture {
         home: &Home,
         memory: Option<GuestMemory>,
         with_layer: bool,
+        writing: Writing,
     ) -> Result<Self, MakeError> {
         let layer = with_layer.then(|| home.layer());
         let of = memory.clone();
-        let begun = on_disk(home, move |home| Draft::begin(&place, home, of.as_ref()));
-        let draft = telemetry::step("capture_begin", begun).await?;
-        Ok(Self { home: home.clone(), draft, memory, layer })
+        let begun = on_disk(home, move |home| Ok((Draft::begin(&place, home, of.as_ref())?, writing)));
+        let (draft, writing) = telemetry::step("capture_begin", begun).await?;
+        Ok(Self { home: home.clone(), draft, memory, layer, writing })
     }
 
     /// Takes what can only be taken while the VM is paused, which it is.
@@ -46,7 +51,7 @@ impl Capture {
     ///
     /// [`MakeError`] if the VM has ended, or the disk does not take it.
     pub async fn take(self, machine: &dyn Machine) -> Result<Self, MakeError> {
-        let Self { home, mut draft, memory, layer } = self;
+        let Self { home, mut draft, memory, layer, writing } = self;
         let state = draft.state().map(ToOwned::to_owned);
         // Another process writes the devices' state meanwhile: none of it is in the guest's memory.
         let devices = async {
@@ -57,12 +62,12 @@ impl Capture {
         };
         let taking = on_disk(&home, move |_| {
             draft.take(memory.as_ref(), layer.as_deref())?;
-            Ok((draft, memory, layer))
+            Ok((draft, memory, layer, writing))
         });
         let (saved, taken) = tokio::join!(devices, telemetry::step("capture_pages", taking));
         saved?;
-        let (draft, memory, layer) = taken?;
-        Ok(Self { home, draft, memory, layer })
+        let (draft, memory, layer, writing) = taken?;
+        Ok(Self { home, draft, memory, layer, writing })
     }
 
     /// Publishes it; the VM may go on meanwhile.
@@ -75,8 +80,9 @@ impl Capture {
         parts: Arc<Parts>,
         circumstances: Circumstances,
     ) -> Result<Manifest, MakeError> {
-        let draft = self.draft;
+        let Self { draft, writing, .. } = self;
         let work = move |home: &Home| {
+            let _writing = writing;
             if !circumstances.is_ephemeral {
                 parts.pin(&Origin::read(home)?)?;
             }

@@ -20,6 +20,7 @@ use super::{
     parts::{Bootable, Parts},
     running::{self, CloneError, Running},
     snapshot::{Manifest, Origin, Place},
+    stored::Stored,
     vmm::Memory,
 };
 use crate::{
@@ -36,6 +37,7 @@ pub struct Vm {
     /// What can make it run; absent where VMs are only removed.
     source: Option<(Arc<Parts>, Arc<Goldens>)>,
     running: Option<Running>,
+    stored: Stored,
     /// What was taken of it and is not kept yet.
     capture: Option<(String, Capture)>,
 }
@@ -43,7 +45,8 @@ pub struct Vm {
 impl Vm {
     /// The VM in `home`, with the group `cgroup`.
     pub fn new(home: Home, cgroup: Cgroup, source: Option<(Arc<Parts>, Arc<Goldens>)>) -> Self {
-        Self { home, cgroup, source, running: None, capture: None }
+        let stored = Stored::of(home.clone());
+        Self { home, cgroup, source, running: None, stored, capture: None }
     }
 
     fn source(&self) -> Result<(Arc<Parts>, Arc<Goldens>), MakeError> {
@@ -118,15 +121,23 @@ impl Instance for Vm {
         self.boot_with(&parts, (bootable, kind)).await
     }
 
+    async fn halt(&mut self) -> Result<(), MakeError> {
+        self.capture = None;
+        self.stored.forget().await?;
+        let running = self.running()?;
+        // Else it would find half a conversation when it wakes.
+        running.link.hang_up().await;
+        Ok(running.machine.pause().await?)
+    }
+
     async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError> {
         let (parts, _) = self.source()?;
         let running = self.running()?;
         let memory = running.memory(self.memory_mb().await?).await?;
-        // Else it would find half a conversation when it wakes.
-        running.link.hang_up().await;
-        let capture = Capture::begin(Place::stored(&self.home), &self.home, Some(memory), false).await?;
         let paused_at = Instant::now();
-        running.machine.pause().await?;
+        let writing = self.stored.write().await;
+        let place = self.stored.place();
+        let capture = Capture::begin(place, &self.home, Some(memory), false, writing).await?;
         let capture = capture.take(running.machine.as_ref()).await?;
         let circumstances = Circumstances {
             taken_at: SystemTime::now(),
@@ -140,13 +151,16 @@ impl Instance for Vm {
 
     async fn capture(&mut self, what: &Wanted) -> Result<Duration, MakeError> {
         let (parts, _) = self.source()?;
+        self.capture = None;
+        // One that was given up as the VM was woken uses the same files.
+        let writing = self.stored.write().await;
         let running = self.running()?;
         let memory = match what.disk_only {
             true => None,
             false => Some(running.memory(self.memory_mb().await?).await?),
         };
         let place = parts.places.snapshot(&what.snapshot_id);
-        let capture = Capture::begin(place, &self.home, memory, true).await?;
+        let capture = Capture::begin(place, &self.home, memory, true, writing).await?;
         let begun = Instant::now();
         running.machine.pause().await?;
         let taken = capture.take(running.machine.as_ref()).await;
@@ -196,6 +210,8 @@ impl Instance for Vm {
             .await
             .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
         self.running = None;
+        // A capture of it that was given up ends.
+        let _nobody_writes = self.stored.write().await;
         running::on_disk(&self.home, Home::remove_sockets).await
     }
 
@@ -215,8 +231,8 @@ impl Instance for Vm {
         self.boot_with(&parts, (bootable, kind)).await
     }
 
-    async fn forget_stored(&mut self) -> Result<(), MakeError> {
-        running::on_disk(&self.home, |home| Place::stored(home).remove()).await
+    fn forget_stored(&self) -> BoxFuture<'static, Result<(), MakeError>> {
+        self.stored.forget()
     }
 
     async fn adopt(&mut self) -> Result<bool, MakeError> {
@@ -275,6 +291,8 @@ impl Instance for Vm {
             .destroy()
             .await
             .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
+        self.capture = None;
+        let _nobody_writes = self.stored.write().await;
         running::on_disk(&self.home, |home| durable::remove(home.dir())).await?;
         self.running = None;
         Ok(())

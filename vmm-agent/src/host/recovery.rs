@@ -49,6 +49,9 @@ impl Host {
                     continue;
                 }
                 Recovery::Adopt(owner, path) => (owner, Origin::Adopt { microvm, path }),
+                Recovery::KeepPaused(owner, path, paused) => {
+                    (owner, Origin::Paused { microvm, path, paused })
+                }
                 Recovery::KeepStored(owner, path, stored_bytes) => {
                     (owner, Origin::Stored { microvm, path, stored_bytes })
                 }

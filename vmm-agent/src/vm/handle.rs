@@ -12,6 +12,7 @@ use crate::{
         activity::{Activity, Call, Closed, MAX_CALLS, NoCall},
         decide::{Denied, Phase, Transition},
         start::{Order, StartError},
+        tier::{Candidate, Tier},
     },
 };
 
@@ -28,7 +29,11 @@ pub struct Status {
     pub failure: Option<Arc<str>>,
     /// Why it could not be started, or woken.
     pub start_error: Option<StartError>,
-    /// What its memory and devices take since it was last stored, bytes.
+    /// The tier of hibernation that it is in, or was in last.
+    pub tier: Tier,
+    /// Since when it sleeps, if it is of the first tier.
+    pub asleep_since: SystemTime,
+    /// What its memory and devices take since it was last stored, bytes; 0 as long as they are not.
     pub stored_bytes: u64,
     /// Why it could not be stored when that was last tried.
     pub(super) store_error: Option<Arc<str>>,
@@ -36,6 +41,15 @@ pub struct Status {
     pub(super) guest: Option<Guest>,
     /// Whether it is halted until the host's disk takes what it writes.
     pub(super) is_stalled: bool,
+}
+
+/// What is told of a VM that hibernates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hibernated {
+    /// In which tier.
+    pub tier: Tier,
+    /// What its memory and devices take on disk, bytes; 0 as long as they are not there.
+    pub stored_bytes: u64,
 }
 
 /// Why a request to a VM was not fulfilled.
@@ -88,6 +102,7 @@ pub(super) enum Request {
     Hibernate {
         epoch: Epoch,
         idle_since: Option<SystemTime>,
+        tier: Tier,
         reply: oneshot::Sender<Result<Transition, Denied>>,
     },
     Wake {
@@ -99,6 +114,9 @@ pub(super) enum Request {
         epoch: Epoch,
         wanted: Wanted,
         reply: oneshot::Sender<Result<Captured, VmError>>,
+    },
+    GiveWay {
+        reply: oneshot::Sender<bool>,
     },
 }
 
@@ -160,14 +178,20 @@ impl Vm {
         }
     }
 
-    /// Stores the VM and waits until only what is stored is left of it. Returns what that takes, bytes.
+    /// Puts the VM to sleep, in the first tier only if that is the `tier` to begin with, and waits until it sleeps for good.
     ///
     /// # Errors
     ///
     /// [`Denied`]: the epoch does not fit, or the sandbox was used after `idle_since`. [`VmError::NotStored`] if it
     /// runs on; lost or deleted meanwhile.
-    pub async fn hibernate(&self, epoch: Epoch, idle_since: Option<SystemTime>) -> Result<u64, VmError> {
-        while let Err(denied) = self.ask(|reply| Request::Hibernate { epoch, idle_since, reply }).await {
+    pub async fn hibernate(
+        &self,
+        epoch: Epoch,
+        idle_since: Option<SystemTime>,
+        tier: Tier,
+    ) -> Result<Hibernated, VmError> {
+        let request = |reply| Request::Hibernate { epoch, idle_since, tier, reply };
+        while let Err(denied) = self.ask(request).await {
             self.unless_settling(denied).await?;
         }
         let status = self.settled(|status| status.phase != Phase::Hibernating).await;
@@ -176,7 +200,7 @@ impl Vm {
             (Phase::Running, Some(error)) => Err(VmError::NotStored(error)),
             // Or somebody has woken it again by now.
             (Phase::Starting | Phase::Running | Phase::Hibernated | Phase::Waking, _) => {
-                Ok(status.stored_bytes)
+                Ok(Hibernated { tier: status.tier, stored_bytes: status.stored_bytes })
             }
             (Phase::Failed, _) => Err(VmError::Lost(status.failure.unwrap_or_else(|| Arc::from("")))),
             (Phase::Deleting | Phase::Gone, _) => Err(VmError::Denied(Denied::Deleted)),
@@ -212,6 +236,20 @@ impl Vm {
         let request = Request::Capture { epoch, wanted, reply };
         self.0.requests.send(request).await.map_err(|_| VmError::Leaving)?;
         answer.await.unwrap_or(Err(VmError::Leaving))
+    }
+
+    /// What the VM is among those of the first tier, if it is one of them.
+    pub fn candidate(&self) -> Option<Candidate> {
+        let status = self.0.status.borrow();
+        (status.phase == Phase::Hibernated && status.tier == Tier::Paused)
+            .then(|| Candidate { since: status.asleep_since, is_captured: status.stored_bytes > 0 })
+    }
+
+    /// Ends the process of a VM of the first tier that is captured, for the sake of others, and waits for that. Whether there
+    /// was one to end.
+    pub async fn give_way(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        self.0.requests.send(Request::GiveWay { reply }).await.is_ok() && answer.await.unwrap_or(false)
     }
 
     /// Waits until the VM has settled, if that is all that stands against a request.

@@ -1,30 +1,43 @@
-//! How a VM is stored and made to run again.
+//! How a VM is put to sleep and made to run again, in two [tiers](super::tier).
 //!
 //! ```text
-//!   quiesce ─► pause ─► write memory and devices ─► journal: hibernated ─► end the process
-//!                                                     (from here on it is)
-//!   verify ─► start a VMM, paused, with all of it ─► journal: running ─► let it go on ─► forget what was stored
-//!                                                     (from here on it does)
+//!   quiesce ─► halt ─► journal: paused ─► (answer) ─► write memory and devices ─► journal: captured
+//!                       (from here on it is)              ─► … ─► journal: hibernated ─► end the process
+//!   quiesce ─► halt ─► write memory and devices ─► journal: hibernated ─► end the process ─► (answer)
+//!                                                  (from here on it is)
+//!
+//!   paused:      journal: running ─► let it go on
+//!               (from here on it does)
+//!   hibernated:  verify ─► start a VMM, paused, with all of it ─► journal: running ─► let it go on
+//!                                                                 (from here on it does)
 //! ```
 //!
 //! The disk is never copied: nothing writes to it between the pause and the moment in which the VM goes on. What is
-//! stored of the memory is of exactly that disk, so it counts only while the journal says that the VM is stored. A
-//! death before either line of the journal leads back to where it began, one after it to the end.
+//! stored of the memory is of exactly that disk, so it counts only while the journal says that the VM is hibernated; it is
+//! removed soon after the VM went on, and for good before it is halted again. A death before a line of the journal leads
+//! back to where it began, one after it to the end. The journal says *paused* only of a process that stands still as it
+//! was: before another is started, it says *hibernated*.
 //!
 //! Memory that cannot be used is removed for good before its disk is booted instead.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use futures_util::FutureExt as _;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::start::{Order, StartError};
+use super::{
+    start::{Order, StartError},
+    tier::{Left, Paused, Tier},
+};
 use crate::{
     journal::{Owner, Stage, StartPath},
     microvm::{MakeError, MicroVm},
     telemetry,
 };
 
+/// A VMM halts its VM in milliseconds.
+const HALT_DEADLINE: Duration = Duration::from_secs(30);
 /// Memory is written at the disk's pace.
 const STORE_DEADLINE: Duration = Duration::from_secs(120);
 /// The process of a stored VM is to be gone.
@@ -36,15 +49,30 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(20);
 /// As of a new VM.
 const BOOT_DEADLINE: Duration = Duration::from_secs(65);
 
-/// Stores the VM of `owner`, which was started by `path`. When it returns `Ok` it is stored for good, though its process
-/// may still be there ([`release`]). Returns what that takes, bytes.
+/// What a VM that was put to sleep is.
+#[derive(Clone, Copy, Debug)]
+pub enum Asleep {
+    /// Of the first tier.
+    Paused(Paused),
+    /// Of the second tier; what it takes, bytes.
+    Stored(u64),
+}
+
+/// Puts the VM of `owner`, which was started by `path`, to sleep: into the first tier if that is wanted and its guest stands
+/// still by itself, else into the second. When it returns `Ok` it sleeps for good, though the process of one of the second
+/// tier may still be there.
 ///
 /// Not to be dropped half-way.
 ///
 /// # Errors
 ///
 /// [`MakeError`] says why it runs on.
-pub async fn store(owner: &Owner, path: StartPath, microvm: &mut MicroVm) -> Result<u64, MakeError> {
+pub async fn hibernate(
+    owner: &Owner,
+    path: StartPath,
+    tier: Tier,
+    microvm: &mut MicroVm,
+) -> Result<Asleep, MakeError> {
     let is_quiet = match microvm.quiesce().await {
         Ok(()) => true,
         Err(error) => {
@@ -53,20 +81,77 @@ pub async fn store(owner: &Owner, path: StartPath, microvm: &mut MicroVm) -> Res
             false
         }
     };
-    let writing = telemetry::step("store", microvm.instance().store(is_quiet));
-    let stored = match timeout(STORE_DEADLINE, writing).await.unwrap_or(Err(MakeError::Late)) {
-        Ok(stored_bytes) => {
-            let stage = Stage::Hibernated { owner: owner.clone(), path, stored_bytes };
-            microvm.enter_for_good(stage).await.map(|()| stored_bytes)
+    let halting = telemetry::step("halt", microvm.instance().halt());
+    let asleep = match timeout(HALT_DEADLINE, halting).await.unwrap_or(Err(MakeError::Late)) {
+        Ok(()) if tier == Tier::Paused && is_quiet => {
+            let paused = Paused { since: SystemTime::now(), stored_bytes: 0, is_gone: false };
+            note_paused(owner, path, paused, microvm).await.map(|()| Asleep::Paused(paused))
         }
+        Ok(()) => match capture(microvm, is_quiet).await {
+            Ok(stored_bytes) => {
+                let stage = Stage::Hibernated { owner: owner.clone(), path, stored_bytes };
+                microvm.enter_for_good(stage).await.map(|()| Asleep::Stored(stored_bytes))
+            }
+            Err(error) => Err(error),
+        },
         Err(error) => Err(error),
     };
-    if stored.is_err()
-        && let Err(error) = timeout(ANSWER_DEADLINE, go_on(microvm)).await.unwrap_or(Err(MakeError::Late))
-    {
-        warn!(%error, "it was not stored, and its guest does not answer yet");
+    match asleep {
+        Ok(Asleep::Stored(_)) => release(microvm).await,
+        Ok(Asleep::Paused(_)) => {}
+        Err(_) => {
+            if let Err(error) = go_on(microvm).await {
+                warn!(%error, "it was not put to sleep, and its guest does not answer yet");
+            }
+        }
     }
-    stored
+    asleep
+}
+
+/// Stores memory and devices of a VM that stands still. Returns what that takes, bytes. May be given up at any time.
+///
+/// # Errors
+///
+/// [`MakeError`] of the disk or the VMM.
+pub async fn capture(microvm: &mut MicroVm, is_quiet: bool) -> Result<u64, MakeError> {
+    let writing = telemetry::step("store", microvm.instance().store(is_quiet));
+    timeout(STORE_DEADLINE, writing).await.unwrap_or(Err(MakeError::Late))
+}
+
+/// Writes down for good what is known of a VM of the first tier.
+///
+/// Not to be dropped half-way.
+///
+/// # Errors
+///
+/// [`MakeError::Journal`].
+pub async fn note_paused(
+    owner: &Owner,
+    path: StartPath,
+    paused: Paused,
+    microvm: &MicroVm,
+) -> Result<(), MakeError> {
+    let Paused { since, stored_bytes, .. } = paused;
+    microvm.enter_for_good(Stage::Paused { owner: owner.clone(), path, since, stored_bytes }).await
+}
+
+/// Makes a VM of the first tier one of the second.
+///
+/// Not to be dropped half-way.
+///
+/// # Errors
+///
+/// [`MakeError::Journal`]: it is as it was.
+pub async fn leave_first_tier(
+    owner: &Owner,
+    path: StartPath,
+    paused: Paused,
+    microvm: &mut MicroVm,
+) -> Result<(), MakeError> {
+    let stage = Stage::Hibernated { owner: owner.clone(), path, stored_bytes: paused.stored_bytes };
+    microvm.enter_for_good(stage).await?;
+    release(microvm).await;
+    Ok(())
 }
 
 /// Ends the process of a VM that is stored. What resists is ended when it is woken.
@@ -78,39 +163,54 @@ pub async fn release(microvm: &mut MicroVm) {
     }
 }
 
-/// Makes the stored VM of `owner` run again; when it returns `Ok`, its guest has answered and the journal says that it
-/// runs.
+/// Makes the VM of `owner`, which was started by `path` and sleeps, run again; when it returns `Ok`, its guest has
+/// answered and the journal says that it runs. What is stored of it is to be forgotten then. `left` is what it goes on
+/// from, which is less and less as it is tried.
 ///
 /// Not to be dropped half-way.
 ///
 /// # Errors
 ///
-/// [`StartError`]: it is stored, as it was or by its disk alone.
-pub async fn wake(owner: &Owner, order: &Order, microvm: &mut MicroVm) -> Result<StartPath, StartError> {
-    let restored = match timeout(RESTORE_DEADLINE, restore(order, microvm)).await {
-        // Before it goes on: from here on its disk may change.
-        Ok(Ok(())) => {
-            let stage = Stage::Running { owner: owner.clone(), path: StartPath::Memory };
-            microvm.enter_for_good(stage).await
+/// [`StartError`]: it sleeps, as it did or by its disk alone.
+pub async fn wake(
+    owner: &Owner,
+    path: StartPath,
+    order: &Order,
+    left: &mut Left,
+    microvm: &mut MicroVm,
+) -> Result<StartPath, StartError> {
+    if let Left::Paused(paused) = *left
+        && (paused.is_gone || !is_there(microvm).await)
+    {
+        // Before another process is started.
+        let second = leave_first_tier(owner, path, paused, microvm).await;
+        second.map_err(|error| StartError::Failed(error.to_string()))?;
+        *left = Left::Stored;
+    }
+    let woken = match left {
+        Left::Paused(_) => {
+            let stage = Stage::Running { owner: owner.clone(), path: StartPath::Paused };
+            microvm.enter_for_good(stage).await.map_err(|error| StartError::Failed(error.to_string()))?;
+            // It may have written to its disk since, unless it answers: its memory is of another one.
+            let gone_on = go_on(microvm).await.map_err(|error| NotWoken::BootIt(error.to_string()));
+            gone_on.map(|()| StartPath::Paused)
         }
-        restored => restored.unwrap_or(Err(MakeError::Late)),
+        Left::Stored => wake_stored(owner, order, microvm).await,
+        Left::Disk => Err(NotWoken::BootIt("its memory was no good before".into())),
     };
-    let reason = match restored {
-        Ok(()) => match timeout(ANSWER_DEADLINE, go_on(microvm)).await.unwrap_or(Err(MakeError::Late)) {
-            Ok(()) => {
-                info!(vm = microvm.id(), "woken");
-                return Ok(StartPath::Memory);
-            }
-            // It may have written to its disk since: its memory is of another one.
-            Err(error) => error.to_string(),
-        },
-        Err(MakeError::Unusable(reason)) => reason,
-        Err(error) => {
+    let reason = match woken {
+        Ok(woken_by) => {
+            info!(vm = microvm.id(), path = woken_by.as_str(), "woken");
+            return Ok(woken_by);
+        }
+        Err(NotWoken::BootIt(reason)) => reason,
+        Err(NotWoken::NotNow(error)) => {
             warn!(%error, vm = microvm.id(), console = microvm.console_tail(), "cannot be woken now");
             release(microvm).await;
             return Err(StartError::Failed(error.to_string()));
         }
     };
+    *left = Left::Disk;
     warn!(reason, vm = microvm.id(), console = microvm.console_tail(), "booting from the stored disk");
     release(microvm).await;
     telemetry::attempt_failed(StartPath::Memory);
@@ -124,21 +224,53 @@ pub async fn wake(owner: &Owner, order: &Order, microvm: &mut MicroVm) -> Result
     }
 }
 
+/// Whether the VMM of a VM that stands still is there and answers.
+async fn is_there(microvm: &MicroVm) -> bool {
+    microvm.exit().now_or_never().is_none() && microvm.condition().await.is_ok()
+}
+
+/// Why a VM does not go on where it was.
+enum NotWoken {
+    /// What is left of it is its disk.
+    BootIt(String),
+    /// It may, later.
+    NotNow(MakeError),
+}
+
+/// Makes a VM of the second tier go on from its stored memory.
+async fn wake_stored(owner: &Owner, order: &Order, microvm: &mut MicroVm) -> Result<StartPath, NotWoken> {
+    let restored = match timeout(RESTORE_DEADLINE, restore(order, microvm)).await {
+        // Before it goes on: from here on its disk may change.
+        Ok(Ok(())) => {
+            let stage = Stage::Running { owner: owner.clone(), path: StartPath::Memory };
+            microvm.enter_for_good(stage).await
+        }
+        restored => restored.unwrap_or(Err(MakeError::Late)),
+    };
+    match restored {
+        // As above.
+        Ok(()) => {
+            let gone_on = go_on(microvm).await.map_err(|error| NotWoken::BootIt(error.to_string()));
+            gone_on.map(|()| StartPath::Memory)
+        }
+        Err(MakeError::Unusable(reason)) => Err(NotWoken::BootIt(reason)),
+        Err(error) => Err(NotWoken::NotNow(error)),
+    }
+}
+
 async fn restore(order: &Order, microvm: &mut MicroVm) -> Result<(), MakeError> {
     // An earlier attempt may have left a process.
     microvm.instance().release().await?;
     microvm.instance().restore_stored(&order.kind).await
 }
 
-/// Lets a VM go on that stands still, and removes what is stored of its memory: it is worth nothing from then on.
+/// Lets a VM go on that stands still.
 async fn go_on(microvm: &mut MicroVm) -> Result<(), MakeError> {
-    microvm.resume().await?;
-    microvm.wake_guest().await?;
-    if let Err(error) = microvm.instance().forget_stored().await {
-        // It counts for nothing, and is replaced when the VM is stored again.
-        warn!(%error, "what was stored stays for now");
-    }
-    Ok(())
+    let answered = async {
+        microvm.resume().await?;
+        microvm.wake_guest().await
+    };
+    timeout(ANSWER_DEADLINE, answered).await.unwrap_or(Err(MakeError::Late))
 }
 
 async fn boot(owner: &Owner, order: &Order, microvm: &mut MicroVm) -> Result<(), MakeError> {

@@ -14,6 +14,7 @@ use crate::{
     microvm::{Identity, Kind, MakeError, MicroVm},
     pool::Pool,
     telemetry,
+    vm::tier::Paused,
     workshop::Workshop,
 };
 
@@ -80,6 +81,15 @@ pub enum Origin {
         /// How it was started.
         path: StartPath,
     },
+    /// An earlier agent left it in the first tier of hibernation.
+    Paused {
+        /// Its home.
+        microvm: MicroVm,
+        /// How it was started.
+        path: StartPath,
+        /// What is known of it there.
+        paused: Paused,
+    },
     /// An earlier agent stored it.
     Stored {
         /// Its home.
@@ -102,9 +112,10 @@ impl Origin {
     /// What an earlier agent left, if that is where it comes from.
     pub fn microvm(&self) -> Option<&MicroVm> {
         match self {
-            Self::Adopt { microvm, .. } | Self::Stored { microvm, .. } | Self::Failed { microvm, .. } => {
-                Some(microvm)
-            }
+            Self::Adopt { microvm, .. }
+            | Self::Paused { microvm, .. }
+            | Self::Stored { microvm, .. }
+            | Self::Failed { microvm, .. } => Some(microvm),
             Self::Create { .. } => None,
         }
     }
@@ -112,9 +123,10 @@ impl Origin {
     /// As [`Origin::microvm`], by value.
     pub fn into_microvm(self) -> Option<MicroVm> {
         match self {
-            Self::Adopt { microvm, .. } | Self::Stored { microvm, .. } | Self::Failed { microvm, .. } => {
-                Some(microvm)
-            }
+            Self::Adopt { microvm, .. }
+            | Self::Paused { microvm, .. }
+            | Self::Stored { microvm, .. }
+            | Self::Failed { microvm, .. } => Some(microvm),
             Self::Create { .. } => None,
         }
     }

@@ -1,13 +1,16 @@
-//! The task that owns one sandbox's VM. Everybody else holds a [`Vm`].
+//! The task that owns one sandbox's VM. Everybody else holds a [`Vm`]. What it does with one that sleeps is in [`sleeper`].
+
+mod sleeper;
 
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -27,6 +30,7 @@ use crate::{
         handle::{Request, Shared, Status, Vm, VmError},
         sleep,
         start::{Order, Origin, StartError, Starter},
+        tier::{Left, Policy, Tier},
     },
 };
 
@@ -44,6 +48,10 @@ pub struct Surroundings {
     pub starter: Arc<Starter>,
     /// Remembers deletions.
     pub tombstones: Arc<Mutex<Tombstones>>,
+    /// How long VMs stay in the first tier of hibernation.
+    pub policy: Policy,
+    /// One permit for each VM of the first tier that is captured at the moment.
+    pub captures: Arc<Semaphore>,
     /// Says that the agent ends; VMs that run go on without it.
     pub leave: CancellationToken,
     /// Waits for the tasks when the agent ends.
@@ -66,6 +74,8 @@ impl Vm {
             renewed: Arc::default(),
             failure: None,
             start_error: None,
+            tier: Tier::Stored,
+            asleep_since: SystemTime::UNIX_EPOCH,
             stored_bytes: 0,
             store_error: None,
             guest: None,
@@ -90,6 +100,9 @@ impl Vm {
             predecessor: None,
             reinstates: false,
             order: None,
+            tier: Tier::Stored,
+            left: Left::Stored,
+            forgets: false,
         };
         let (handle, gone) = (vm.clone(), task.publish.clone());
         surroundings.tasks.spawn(
@@ -123,6 +136,12 @@ struct Task {
     reinstates: bool,
     /// What the VM is to be that is woken next.
     order: Option<Order>,
+    /// The tier that the VM is to be in that is put to sleep next.
+    tier: Tier,
+    /// What the VM goes on from, while it sleeps.
+    left: Left,
+    /// Whether what is stored of the VM is worth nothing any more, and still there.
+    forgets: bool,
 }
 
 impl Task {
@@ -134,7 +153,7 @@ impl Task {
             let next = match transition {
                 Transition::Run => self.attend(microvm.as_mut()).await,
                 Transition::Hibernate => self.hibernate(microvm.as_mut()).await,
-                Transition::Sleep => self.sleep().await,
+                Transition::Sleep => self.sleep(microvm.as_mut()).await,
                 Transition::Wake => self.wake(microvm.as_mut()).await,
                 Transition::Fail => self.fail(microvm.as_mut()).await,
                 Transition::Delete => self.delete(&mut microvm).await,
@@ -169,6 +188,9 @@ impl Task {
                     status.stored_bytes = stored_bytes;
                 });
                 return Some(Transition::Sleep);
+            }
+            Origin::Paused { microvm: left, path, paused } => {
+                return self.take_over_paused(microvm.insert(left), path, paused).await;
             }
             Origin::Failed { microvm: left, reason } => {
                 *microvm = Some(left);
@@ -230,6 +252,9 @@ impl Task {
     /// Watches a running VM until it is lost or deleted.
     async fn attend(&mut self, mut microvm: Option<&mut MicroVm>) -> Option<Transition> {
         let _running = telemetry::running();
+        let forgets = std::mem::take(&mut self.forgets);
+        let mut forgetting =
+            microvm.as_deref_mut().filter(|_| forgets).map(|vm| vm.instance().forget_stored());
         let mut looks = interval_at(Instant::now() + LOOKS_EVERY, LOOKS_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -237,6 +262,8 @@ impl Task {
                 request = self.queue.recv() => {
                     match (request?, microvm.as_deref_mut()) {
                         (Request::Capture { epoch, wanted, reply }, Some(microvm)) => {
+                            // It waits in front of a capture for what the capture holds.
+                            forgotten(&mut forgetting).await;
                             let _ = reply.send(self.capture(epoch, &wanted, microvm).await);
                         }
                         (request, _) => {
@@ -247,6 +274,7 @@ impl Task {
                         }
                     }
                 }
+                () = forgotten(&mut forgetting), if forgetting.is_some() => {}
                 () = ended(microvm.as_deref()) => return Some(self.lost("its VMM process ended".into())),
                 stopped = async {
                     looks.tick().await;
@@ -302,80 +330,6 @@ impl Task {
             status.path = Some(path);
             status.guest = guest;
         });
-    }
-
-    /// Stores the VM while requests are answered. A deletion waits until that is done, and so does the agent's end.
-    async fn hibernate(&mut self, microvm: Option<&mut MicroVm>) -> Option<Transition> {
-        let microvm = microvm?;
-        let (owner, path) = (self.owner.clone(), self.publish.borrow().path.unwrap_or(StartPath::Cold));
-        let exit = microvm.exit();
-        let stored = {
-            let mut work = std::pin::pin!(async {
-                let stored = sleep::store(&owner, path, microvm).await;
-                if stored.is_ok() {
-                    sleep::release(microvm).await;
-                }
-                stored
-            });
-            self.attend_to(&mut work).await
-        };
-        Some(match stored {
-            (_, true) => Transition::Delete,
-            (Ok(stored_bytes), _) => {
-                info!(stored_bytes, "hibernated");
-                self.publish.send_modify(|status| status.stored_bytes = stored_bytes);
-                self.event(Input::Stored)
-            }
-            (Err(_), _) if futures_util::FutureExt::now_or_never(exit).is_some() => {
-                self.lost("its VMM process ended".into())
-            }
-            (Err(error), _) => {
-                warn!(%error, "not hibernated");
-                let guest = microvm.guest();
-                self.publish.send_modify(|status| status.store_error = Some(error.to_string().into()));
-                let next = self.event(Input::NotStored);
-                self.runs(path, guest);
-                next
-            }
-        })
-    }
-
-    /// Waits until a stored VM is woken or deleted.
-    async fn sleep(&mut self) -> Option<Transition> {
-        self.publish.send_modify(|status| status.phase = Phase::Hibernated);
-        loop {
-            tokio::select! {
-                request = self.queue.recv() => {
-                    let decided = self.answer(request?);
-                    if matches!(decided, Some(Transition::Delete | Transition::Wake)) {
-                        return decided;
-                    }
-                }
-                () = self.surroundings.leave.cancelled() => return None,
-            }
-        }
-    }
-
-    /// Makes a stored VM run again while requests are answered. A deletion waits until that is done.
-    async fn wake(&mut self, microvm: Option<&mut MicroVm>) -> Option<Transition> {
-        let (microvm, order) = (microvm?, self.order.take()?);
-        let owner = self.owner.clone();
-        let woken = {
-            let mut work = std::pin::pin!(sleep::wake(&owner, &order, microvm));
-            self.attend_to(&mut work).await
-        };
-        Some(match woken {
-            (_, true) => Transition::Delete,
-            (Ok(path), _) => {
-                let next = self.event(Input::Woken);
-                self.runs(path, microvm.guest());
-                next
-            }
-            (Err(error), _) => {
-                self.publish.send_modify(|status| status.start_error = Some(error));
-                self.event(Input::NotWoken)
-            }
-        })
     }
 
     /// Waits for work that must not be given up, while requests are answered. Says whether one of them is to delete.
@@ -485,7 +439,15 @@ impl Task {
                 let used = closes && !self.activity.close(idle_since, Closed::Deleted);
                 (Input::Delete { epoch, used }, reply)
             }
-            Request::Hibernate { epoch, idle_since, reply } => {
+            Request::GiveWay { reply } => {
+                // One that could is asked by who keeps it.
+                let _ = reply.send(false);
+                return None;
+            }
+            Request::Hibernate { epoch, idle_since, tier, reply } => {
+                if phase == Phase::Running {
+                    self.tier = tier;
+                }
                 let dry = decide(phase, self.owner.epoch, Input::Hibernate { epoch, used: false });
                 let closes = dry == Ok(Transition::Hibernate);
                 let used = closes && !self.activity.close(idle_since, Closed::Hibernated);
@@ -528,6 +490,17 @@ impl Task {
         let phase = self.publish.borrow().phase;
         decide(phase, self.owner.epoch, input).unwrap_or(Transition::Ignore)
     }
+}
+
+/// Waits until what was stored of a VM that runs is removed, if that is under way.
+async fn forgotten(forgetting: &mut Option<BoxFuture<'static, Result<(), MakeError>>>) {
+    if let Some(removal) = forgetting
+        && let Err(error) = removal.await
+    {
+        // It counts for nothing, and is removed before the VM is halted.
+        warn!(%error, "what was stored stays for now");
+    }
+    *forgetting = None;
 }
 
 async fn ended(microvm: Option<&MicroVm>) {

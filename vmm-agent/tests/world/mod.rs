@@ -33,7 +33,7 @@ use oc_vmm_agent::{
     journal::Owner,
     microvm::{Kind, MakeError},
     pool::{Pool, Settings},
-    vm::start::Order,
+    vm::{start::Order, tier::Policy},
     workshop::Workshop,
 };
 use parking_lot::Mutex;
@@ -59,6 +59,13 @@ pub struct World {
     /// How many of the next attempts to store a VM fail, and how many stored memories are found damaged.
     pub failing_stores: AtomicUsize,
     pub damaged_memories: AtomicUsize,
+    /// How often storing a VM was begun, and whether it waits then.
+    pub stores: AtomicUsize,
+    pub store_waits: AtomicBool,
+    /// How many of the next guests do not answer when they are woken.
+    pub failing_wakes: AtomicUsize,
+    /// How many of the next guests do not stand still when they are told to.
+    pub restless: AtomicUsize,
     /// What was taken of VMs, by name.
     pub snapshots: Mutex<BTreeMap<String, Captured>>,
     /// How many of the next captures fail, and how many snapshots are found damaged.
@@ -109,6 +116,13 @@ impl World {
         self.crash_at.store(usize::MAX, Ordering::SeqCst);
     }
 
+    /// The machine fails: every process is gone. The agent is, too.
+    pub fn power_off(&self) {
+        for process in self.vms.lock().values().filter_map(|vm| vm.process.as_ref()) {
+            process.exit.cancel();
+        }
+    }
+
     /// One thing that the agent does to the host: before it and after it are instants at which it may die.
     async fn step(&self) {
         if self.steps.fetch_add(1, Ordering::SeqCst) >= self.crash_at.load(Ordering::SeqCst) {
@@ -130,6 +144,11 @@ impl World {
         let vms = self.vms.lock();
         let mut named = vms.values().filter_map(|vm| vm.process.clone());
         named.find(|process| *process.sandbox.lock() == sandbox).expect("a VM of that sandbox")
+    }
+
+    /// Whether anything is stored of a sandbox's memory.
+    pub fn has_stored(&self, sandbox: &str) -> bool {
+        self.vms.lock().values().any(|vm| vm.stored.as_ref().is_some_and(|(of, _)| of == sandbox))
     }
 
     fn process(&self, vm: &str) -> Result<Process, MakeError> {
@@ -278,12 +297,27 @@ impl Instance for FakeInstance {
         Ok(())
     }
 
+    async fn halt(&mut self) -> Result<(), MakeError> {
+        self.forget_stored().await?;
+        self.pause().await
+    }
+
     async fn store(&mut self, _: bool) -> Result<u64, MakeError> {
-        self.pause().await?;
+        self.world.step().await;
+        self.world.stores.fetch_add(1, Ordering::SeqCst);
+        loop {
+            let released = self.world.released.notified();
+            if !self.world.store_waits.load(Ordering::SeqCst) {
+                break;
+            }
+            released.await;
+        }
         if take_one(&self.world.failing_stores) {
             return Err(MakeError::Backend("the disk is full".into()));
         }
-        let sandbox = self.world.process(&self.id)?.sandbox.lock().clone();
+        let process = self.world.process(&self.id)?;
+        assert!(process.paused.load(Ordering::SeqCst), "it is stored while it stands still");
+        let sandbox = process.sandbox.lock().clone();
         self.world.change(&self.id, |vm| vm.stored = Some((sandbox, vm.disk)))?;
         self.world.step().await;
         Ok(4096)
@@ -367,11 +401,14 @@ impl Instance for FakeInstance {
         self.world.change(&self.id, |vm| vm.disk += 1)
     }
 
-    async fn forget_stored(&mut self) -> Result<(), MakeError> {
-        self.world.step().await;
-        self.world.change(&self.id, |vm| vm.stored = None)?;
-        self.world.step().await;
-        Ok(())
+    fn forget_stored(&self) -> BoxFuture<'static, Result<(), MakeError>> {
+        let (world, id) = (self.world.clone(), self.id.clone());
+        Box::pin(async move {
+            world.step().await;
+            world.change(&id, |vm| vm.stored = None)?;
+            world.step().await;
+            Ok(())
+        })
     }
 
     async fn adopt(&mut self) -> Result<bool, MakeError> {
@@ -486,10 +523,16 @@ impl GuestService for FakeGuest {
             return Err(Status::unavailable("paused or dead"));
         }
         assert_eq!(request.get_ref().entropy.len(), 64);
+        if take_one(&self.world.failing_wakes) {
+            return Err(Status::unavailable("it hangs"));
+        }
         Ok(Response::new(WakeResponse::default()))
     }
 
     async fn quiesce(&self, _: Request<QuiesceRequest>) -> Result<Response<QuiesceResponse>, Status> {
+        if take_one(&self.world.restless) {
+            return Err(Status::deadline_exceeded("somebody writes"));
+        }
         Ok(Response::new(QuiesceResponse::default()))
     }
 }
@@ -563,17 +606,31 @@ pub fn id(sandbox: &str) -> SandboxId {
     SandboxId::parse(sandbox).unwrap()
 }
 
+/// Room for all that any test makes.
+pub const LIMITS: Limits = Limits { max_sandboxes: 100, memory_reserve_mb: 0, disk_reserve_mb: 0 };
+
 /// One agent of the host.
 pub struct Agent {
     pub host: Host,
     pub pool: Pool,
     cancel: CancellationToken,
-    filling: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl Agent {
-    /// Starts an agent over what `data_dir` and `world` hold, on the boot called `boot`.
+    /// Starts an agent over what `data_dir` and `world` hold, on the boot called `boot`. What hibernates is stored at once.
     pub async fn start_on(boot: &str, world: &Arc<World>, data_dir: &Path, pool_size: usize) -> Self {
+        Self::start_with(boot, world, data_dir, pool_size, (LIMITS, Duration::ZERO)).await
+    }
+
+    /// As above, with these limits, and VMs that are paused for so long.
+    pub async fn start_with(
+        boot: &str,
+        world: &Arc<World>,
+        data_dir: &Path,
+        pool_size: usize,
+        (limits, paused_for): (Limits, Duration),
+    ) -> Self {
         let backend = Arc::new(FakeBackend(world.clone()));
         let workshop = Arc::new(Workshop::open(backend, data_dir, boot.into()).unwrap());
         let settings = Settings {
@@ -585,12 +642,13 @@ impl Agent {
             data_dir: data_dir.into(),
         };
         let pool = Pool::new(workshop.clone(), settings);
-        let limits = Limits { max_sandboxes: 100, memory_reserve_mb: 0, disk_reserve_mb: 0 };
-        let host = Host::open(workshop, pool.clone(), limits).unwrap();
+        let policy = Policy { paused_for, headroom_mb: 0 };
+        let host = Host::open(workshop, pool.clone(), limits, policy).unwrap();
         host.recover().await.unwrap();
         let cancel = CancellationToken::new();
         let filling = tokio::spawn(pool.clone().run(cancel.clone()));
-        Self { host, pool, cancel, filling }
+        let relieving = tokio::spawn(host.clone().relieve(cancel.clone()));
+        Self { host, pool, cancel, tasks: [filling, relieving] }
     }
 
     pub async fn start(world: &Arc<World>, data_dir: &Path, pool_size: usize) -> Self {
@@ -607,7 +665,9 @@ impl Agent {
     /// Ends the agent as a signal does: sandboxes go on.
     pub async fn stop(self) {
         self.cancel.cancel();
-        self.filling.await.unwrap();
+        for task in self.tasks {
+            task.await.unwrap();
+        }
         self.host.leave(DEADLINE).await;
     }
 }

@@ -81,7 +81,8 @@ pub async fn hibernate(connection: &Connection, id: String, output: Output) -> R
             output::pairs([
                 ("id", stored.sandbox_id.clone()),
                 ("status", json::enum_word("SandboxState", stored.state().as_str_name())),
-                ("stored", format!("{} MiB", stored.size_bytes >> 20)),
+                ("tier", json::enum_word("HibernationTier", stored.tier().as_str_name())),
+                ("stored", mebibytes(stored.size_bytes)),
             ])
         },
     )
@@ -173,6 +174,7 @@ fn details(sandbox: &Sandbox) -> String {
             sandbox.end_at.map(|at| time(at.seconds)).unwrap_or_default(),
         ),
         ("start", sandbox.start_path.clone()),
+        ("stored", mebibytes(sandbox.stored_bytes)),
         ("from checkpoint", sandbox.from_checkpoint_id.clone()),
         ("forked from", sandbox.forked_from.clone()),
         ("host", sandbox.worker_id.clone()),
@@ -181,6 +183,11 @@ fn details(sandbox: &Sandbox) -> String {
         ("metadata", metadata.join(" ")),
         ("connect url", sandbox.connect_url.clone()),
     ])
+}
+
+/// Nothing where there is nothing.
+fn mebibytes(bytes: i64) -> String {
+    if bytes == 0 { String::new() } else { format!("{} MiB", bytes >> 20) }
 }
 
 fn status(sandbox: &Sandbox) -> String {

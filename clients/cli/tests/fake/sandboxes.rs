@@ -9,11 +9,12 @@ use oc_proto::v1::{
     Checkpoint, ClearNodeRequest, ClearNodeResponse, CreateCheckpointRequest, CreateKeyRequest,
     CreateKeyResponse, CreateSandboxRequest, CreateSandboxResponse, DeleteKeyRequest, DeleteKeyResponse,
     DeleteSandboxRequest, DeleteSandboxResponse, ForkCheckpointRequest, ForkSandboxRequest,
-    GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse, Key,
-    ListKeysRequest, ListKeysResponse, ListNodesRequest, ListNodesResponse, ListSandboxesRequest,
-    ListSandboxesResponse, Node, RefreshTokenRequest, RefreshTokenResponse, Sandbox, SandboxState,
-    SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse, WatchSandboxRequest,
-    key_service_server::KeyService, node_service_server::NodeService, sandbox_service_server::SandboxService,
+    GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse,
+    HibernationTier, Key, ListKeysRequest, ListKeysResponse, ListNodesRequest, ListNodesResponse,
+    ListSandboxesRequest, ListSandboxesResponse, Node, RefreshTokenRequest, RefreshTokenResponse, Sandbox,
+    SandboxState, SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse,
+    WatchSandboxRequest, key_service_server::KeyService, node_service_server::NodeService,
+    sandbox_service_server::SandboxService,
 };
 use tonic::{Code, Request, Response, Status};
 
@@ -126,7 +127,14 @@ impl SandboxService for Sandboxes {
         let sandbox = Sandbox { state, ..self.find(id)? };
         self.0.lock().unwrap().sandboxes.insert(id.clone(), sandbox);
         let (sandbox_id, size_bytes) = (id.clone(), 5 << 20);
-        Ok(Response::new(HibernateSandboxResponse { sandbox_id, state, size_bytes, ..Default::default() }))
+        let tier = HibernationTier::Stored.into();
+        Ok(Response::new(HibernateSandboxResponse {
+            sandbox_id,
+            state,
+            size_bytes,
+            tier,
+            ..Default::default()
+        }))
     }
 
     async fn wake_sandbox(

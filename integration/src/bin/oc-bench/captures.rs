@@ -25,8 +25,8 @@ const RUNS: usize = 9;
 const FEWER_RUNS: usize = 5;
 
 pub async fn measure(table: &mut Table) -> anyhow::Result<Ours> {
-    // Nothing waits in a pool: the microVMs are those of the sandboxes.
-    let mesh = Mesh::start(&["--pool-size", "0"])?;
+    // Nothing waits in a pool, and nothing is paused: the microVMs are those of the sandboxes.
+    let mesh = Mesh::start(&["--pool-size", "0", "--paused-for", "0"])?;
     let rest = mesh.rest();
     let sandbox = rested(&rest, MEMORY_MB).await?;
     let at_rest = checkpoints(&rest, &sandbox, table).await?;
@@ -36,6 +36,7 @@ pub async fn measure(table: &mut Table) -> anyhow::Result<Ours> {
     restores(&rest, &sandbox, table).await?;
     sandbox.delete().await?;
     mesh.stop()?;
+    naps(table).await?;
     #[allow(clippy::cast_precision_loss, reason = "a small number")]
     let per_100_mib_ms = (changed - at_rest) / CHANGED_MIB as f64 * 100.0;
     Ok(Ours { clone_ms, twenty_clones_ms, checkpoint_ms: at_rest, per_100_mib_ms, wake_ms })
@@ -126,13 +127,33 @@ async fn sleeps(mesh: &Mesh, rest: &Rest, sandbox: &Sandbox, table: &mut Table) 
         let left = processes::vmms(mesh.state());
         ensure!(left.is_empty(), "a hibernated sandbox has a process: {left:?}");
         sleep(REST).await;
-        woken.push(wake(sandbox).await?);
+        woken.push(wake(sandbox, "memory").await?);
     }
     let what = "hibernate at rest until its process is gone, p50";
     table.row(what, median(&hibernated), "ms", Target::Most(250.0));
     let woken = median(&woken);
     table.row("command for a hibernated sandbox → output, p50", woken, "ms", Target::Most(200.0));
     Ok(woken)
+}
+
+/// Hibernates and wakes while nothing is done but to pause: the first tier.
+async fn naps(table: &mut Table) -> anyhow::Result<()> {
+    let mesh = Mesh::start(&["--pool-size", "0", "--paused-for", "3600"])?;
+    let rest = mesh.rest();
+    let sandbox = rested(&rest, MEMORY_MB).await?;
+    let (mut hibernated, mut woken) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        sleep(REST).await;
+        hibernated.push(hibernate(&rest, &sandbox).await?);
+        // It is captured meanwhile.
+        sleep(REST).await;
+        woken.push(wake(&sandbox, "paused").await?);
+    }
+    let what = "hibernate at rest until it is answered, paused, p50";
+    table.row(what, median(&hibernated), "ms", Target::None);
+    table.row("command for a paused sandbox → output, p50", median(&woken), "ms", Target::None);
+    sandbox.delete().await?;
+    mesh.stop()
 }
 
 async fn restores(rest: &Rest, sandbox: &Sandbox, table: &mut Table) -> anyhow::Result<()> {

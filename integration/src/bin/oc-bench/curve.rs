@@ -44,7 +44,7 @@ struct Point {
 
 /// Measures.
 pub async fn measure() -> anyhow::Result<Curve> {
-    let mesh = Mesh::start(&["--pool-size", "0"])?;
+    let mesh = Mesh::start(&["--pool-size", "0", "--paused-for", "0"])?;
     let rest = mesh.rest();
     let mut curve = Curve::default();
     for (memory_mb, changed_mib) in POINTS {
@@ -58,7 +58,7 @@ pub async fn measure() -> anyhow::Result<Curve> {
             sleep(REST).await;
             hibernated.push(hibernate(&rest, &sandbox).await?);
             sleep(REST).await;
-            woken.push(wake(&sandbox).await?);
+            woken.push(wake(&sandbox, "memory").await?);
         }
         let (hibernate_ms, wake_ms) = (median(&hibernated), median(&woken));
         let point = Point { memory_mb, changed_mib, taken, hibernate_ms, wake_ms };

@@ -187,7 +187,7 @@ impl AgentService for FakeHost {
             let vm = state.vms.get_mut(&request.get_ref().sandbox_id).unwrap();
             vm.state = VmState::Hibernated.into();
         });
-        Ok(Response::new(HibernateVmResponse { stored_bytes: 7 }))
+        Ok(Response::new(HibernateVmResponse { stored_bytes: 7, ..Default::default() }))
     }
 
     async fn wake_vm(&self, request: Request<WakeVmRequest>) -> Result<Response<WakeVmResponse>, Status> {

@@ -1,6 +1,6 @@
 //! What plans must hold, and a simulation in which nothing but plans repairs a mesh.
 
-use oc_proto::mesh::VmSize;
+use oc_proto::mesh::{HibernateVmResponse, VmSize};
 use proptest::prelude::*;
 
 use super::*;
@@ -106,9 +106,24 @@ fn a_hibernation_that_nobody_finishes_is_settled_by_what_the_host_has() {
     assert_eq!(judged(Some(&marked), Some(&vm(VmState::Running, 1, 61)), 62), Some("spare"));
     assert_eq!(judged(Some(&marked), Some(&vm(VmState::Running, 1, 0)), 62), Some("hibernate_idle"));
     assert_eq!(judged(Some(&marked), Some(&vm(VmState::Hibernated, 1, 0)), 62), Some("finish_hibernate"));
-    let hibernated = lifecycle::hibernate(&marked, 1).unwrap();
+    let hibernated = lifecycle::hibernate(&marked, &Default::default()).unwrap();
     assert_eq!(judged(Some(&hibernated), Some(&vm(VmState::Hibernated, 1, 0)), 1_000_000), None);
     assert_eq!(judged(Some(&hibernated), None, 62), Some("fail"));
+}
+
+#[test]
+fn what_a_host_stores_after_it_has_answered_is_noted() {
+    let marked = lifecycle::mark_hibernating(&record(SandboxState::Running, 1)).unwrap();
+    let hibernated = lifecycle::hibernate(&marked, &Default::default()).unwrap();
+    let stored = Vm { stored_bytes: 5, ..vm(VmState::Hibernated, 1, 0) };
+    let action = judge("here", Some(&hibernated), Some(&stored), moment(2));
+    assert_eq!(action, Some(Action::NoteStored { stored_bytes: 5 }));
+    let noted = lifecycle::note_stored(&hibernated, 5).unwrap();
+    assert_eq!(judged(Some(&noted), Some(&stored), 4), None);
+    // It wakes: what is stored is worth nothing any more.
+    let waking = lifecycle::mark_waking(&hibernated).unwrap();
+    assert_eq!(judged(Some(&waking), Some(&stored), 4), Some("doze"));
+    assert!(lifecycle::note_stored(&waking, 5).is_err());
 }
 
 #[test]
@@ -224,11 +239,15 @@ impl World {
                     write(&mut self.record, &|r| lifecycle::spare(r, now));
                 } else {
                     vm.state = VmState::Hibernated.into();
-                    write(&mut self.record, &|r| lifecycle::hibernate(r, 1));
+                    write(&mut self.record, &|r| lifecycle::hibernate(r, &Default::default()));
                 }
             }
             Action::FinishHibernate { stored_bytes } => {
-                write(&mut self.record, &|r| lifecycle::hibernate(r, stored_bytes));
+                let host = HibernateVmResponse { stored_bytes, ..Default::default() };
+                write(&mut self.record, &|r| lifecycle::hibernate(r, &host));
+            }
+            Action::NoteStored { stored_bytes } => {
+                write(&mut self.record, &|r| lifecycle::note_stored(r, stored_bytes));
             }
             Action::FinishWake => {
                 write(&mut self.record, &|r| lifecycle::wake(r, &Default::default(), now));
@@ -302,7 +321,8 @@ fn worlds() -> impl Strategy<Value = World> {
         },
     );
     let vm_states = prop::sample::select(vec![VmState::Running, VmState::Hibernated, VmState::Failed]);
-    let vm = (vm_states, 1..4_u64, 0..100_u64).prop_map(|(state, epoch, used)| vm(state, epoch, used));
+    let vm = (vm_states, 1..4_u64, 0..100_u64, 0..3_i64)
+        .prop_map(|(state, epoch, used, stored_bytes)| Vm { stored_bytes, ..vm(state, epoch, used) });
     (prop::option::of(record), prop::option::of(vm))
         .prop_filter("no host holds what no record ever said", |(record, vm)| match (record, vm) {
             (Some(record), Some(vm)) => {
