@@ -36,9 +36,8 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// A handle to the VM called `vm`, however much or little of it there is.
     fn open(&self, vm: &str) -> Box<dyn Instance>;
 
-    /// Whether a clone of `kind` that runs warm is better to take a snapshot's state on than a new VM
-    /// ([`Instance::graft`]).
-    fn grafts(&self, snapshot_id: &str, kind: &Kind) -> bool;
+    /// Whether a clone of `kind` that runs warm is better to take a state on than a new VM ([`Instance::graft`]).
+    fn grafts(&self, scion: Scion<'_>, kind: &Kind) -> bool;
 
     /// The snapshots of sandboxes' VMs that are whole.
     fn snapshots(&self) -> Vec<Captured>;
@@ -89,6 +88,15 @@ pub struct Wanted {
     pub disk_only: bool,
     /// Whether it is for use at once.
     pub is_ephemeral: bool,
+}
+
+/// A state that a clone takes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scion<'a> {
+    /// That of the snapshot called so, with a copy of its disk.
+    Snapshot(&'a str),
+    /// That of the VM called so, which is stored, with its disk.
+    Stored(&'a str),
 }
 
 /// What is known of a snapshot.
@@ -144,9 +152,10 @@ pub trait Instance: Debug + Send + Sync + 'static {
     /// [`MakeError::Unusable`] if the snapshot is no good.
     async fn restore_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;
 
-    /// Makes a clone that is paused what [`Instance::restore_snapshot`] would make of a new VM. If it fails, the clone is only
-    /// good for being destroyed. [`MakeError::Unusable`] as above.
-    async fn graft(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;
+    /// Makes a clone that is paused what [`Instance::restore_snapshot`] would make of a new VM, or [`Instance::restore_stored`]
+    /// of the one that is stored: that one's disk is the clone's as well then, and it is as it was until the clone goes on.
+    /// If it fails, the clone is only good for being destroyed. [`MakeError::Unusable`] as above.
+    async fn graft(&mut self, scion: Scion<'_>, kind: &Kind) -> Result<(), MakeError>;
 
     /// Boots a VM from a copy of a snapshot's disk. Its guest answers then. [`MakeError::Unusable`] as above.
     async fn boot_snapshot(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError>;

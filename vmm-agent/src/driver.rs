@@ -49,9 +49,10 @@ use self::{
     instance::Vm,
     parts::{Parts, Places},
     qemu::Qemu,
+    snapshot::Place,
 };
 use crate::{
-    backend::{Backend, Captured, Instance},
+    backend::{Backend, Captured, Instance, Scion},
     config::Config,
     microvm::{Kind, MakeError},
 };
@@ -169,12 +170,16 @@ impl Backend for Driver {
         Box::new(Vm::new(home, self.cgroups.of(vm), self.source.clone()))
     }
 
-    fn grafts(&self, snapshot_id: &str, kind: &Kind) -> bool {
+    fn grafts(&self, scion: Scion<'_>, kind: &Kind) -> bool {
         let Some((parts, goldens)) = self.source.as_ref().filter(|(parts, _)| parts.vmm.grafts()) else {
             return false;
         };
-        let Some(golden) = goldens.peek(kind).filter(|_| shelf::is_id(snapshot_id)) else { return false };
-        let place = parts.places.snapshot(snapshot_id);
+        let Some(golden) = goldens.peek(kind) else { return false };
+        let place = match scion {
+            Scion::Snapshot(id) if shelf::is_id(id) => parts.places.snapshot(id),
+            Scion::Snapshot(_) => return false,
+            Scion::Stored(vm) => Place::stored(&parts.home(vm)),
+        };
         let is_like = place.read().and_then(|manifest| match manifest {
             Some(manifest) => graft::is_like(&place, &manifest, &golden.memory()),
             None => Ok(false),

@@ -243,10 +243,7 @@ impl Journal {
         file.sync_all()?;
         let directory = fs::File::open(&self.dir)?;
         fs::rename(new, self.path(vm))?;
-        if let Err(error) = directory.sync_all() {
-            // It stands, and whoever is told otherwise would act against it. A disk that fails here fails everywhere.
-            tracing::error!(vm, %error, "the journal's directory cannot be synced");
-        }
+        self.sync(&directory, vm);
         Ok(())
     }
 
@@ -273,6 +270,25 @@ impl Journal {
         match fs::remove_file(self.path(vm)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
+        }
+    }
+
+    /// As [`Journal::forget`], and on disk when this returns.
+    ///
+    /// # Errors
+    ///
+    /// As there: the record still stands, on disk too.
+    pub fn forget_for_good(&self, vm: &str) -> io::Result<()> {
+        let directory = fs::File::open(&self.dir)?;
+        self.forget(vm)?;
+        self.sync(&directory, vm);
+        Ok(())
+    }
+
+    fn sync(&self, directory: &fs::File, vm: &str) {
+        if let Err(error) = directory.sync_all() {
+            // What was changed stands, and whoever is told otherwise would act against it. A disk that fails here fails everywhere.
+            tracing::error!(vm, %error, "the journal's directory cannot be synced");
         }
     }
 

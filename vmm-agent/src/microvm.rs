@@ -146,6 +146,17 @@ impl MicroVm {
         Ok(entered.unwrap_or_else(|panic| Err(io::Error::other(panic)))?)
     }
 
+    /// Forgets its record for good, because another VM has taken its place: whatever is left of this one is nobody's.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::Journal`]: it is what it was.
+    pub async fn forget_for_good(&self) -> Result<(), MakeError> {
+        let (journal, id) = (self.journal.clone(), self.id.clone());
+        let forgotten = tokio::task::spawn_blocking(move || journal.forget_for_good(&id)).await;
+        Ok(forgotten.unwrap_or_else(|panic| Err(io::Error::other(panic)))?)
+    }
+
     /// Writes down what is so already. A failure is only logged: start-up comes to the same by other evidence.
     pub fn note(&self, stage: Stage) {
         if let Err(error) = self.enter(stage) {

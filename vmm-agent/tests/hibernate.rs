@@ -103,6 +103,31 @@ async fn what_cannot_be_stored_runs_on() {
 }
 
 #[tokio::test]
+async fn a_clone_that_waits_takes_a_stored_sandbox_on() {
+    let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
+    let agent = Agent::start(&world, dir.path(), 1).await;
+    agent.host.create(owner(NAME, 1), order()).await.unwrap();
+    for (fails, grafts) in [(0, 1), (1, 1), (0, 2)] {
+        hibernate(&agent).await.unwrap();
+        agent.pool_holds(1).await;
+        world.failing_grafts.store(fails, Ordering::SeqCst);
+        assert_eq!(wake(&agent).await.unwrap(), StartPath::Memory);
+        assert_eq!(world.grafts.load(Ordering::SeqCst), grafts);
+        assert!(world.sandboxes().contains(NAME));
+        agent.pool_holds(1).await;
+        eventually("what it was before is gone", || world.vms.lock().len() == 2).await;
+    }
+    // One whose memory is damaged boots from the disk, as without a clone.
+    hibernate(&agent).await.unwrap();
+    world.damaged_memories.store(1, Ordering::SeqCst);
+    assert_eq!(wake(&agent).await.unwrap(), StartPath::Disk);
+    agent.stop().await;
+    let agent = Agent::start(&world, dir.path(), 0).await;
+    agent.host.find(&id(NAME)).unwrap().join(owner(NAME, 1).epoch).await.unwrap();
+    assert_eq!(world.vms.lock().len(), 1);
+}
+
+#[tokio::test]
 async fn damaged_memory_leads_to_a_boot_from_the_disk() {
     let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
     let agent = Agent::start(&world, dir.path(), 0).await;
@@ -155,8 +180,8 @@ enum Told {
 }
 
 /// A whole life: stored and woken, stored and booted. Notes what the caller was told until the agent died.
-async fn live(world: &Arc<World>, dir: &Path, told: &parking_lot::Mutex<Told>) {
-    let agent = Agent::start(world, dir, 0).await;
+async fn live(world: &Arc<World>, dir: &Path, pool: usize, told: &parking_lot::Mutex<Told>) {
+    let agent = Agent::start(world, dir, pool).await;
     let tell = |now: Told| *told.lock() = now;
     agent.host.create(owner(NAME, 1), order()).await.unwrap();
     tell(Told::Runs);
@@ -166,6 +191,7 @@ async fn live(world: &Arc<World>, dir: &Path, told: &parking_lot::Mutex<Told>) {
         tell(Told::IsStored);
         tokio::task::yield_now().await;
         world.damaged_memories.store(is_damaged, Ordering::SeqCst);
+        agent.pool_holds(pool).await;
         tell(Told::Nothing);
         wake(&agent).await.unwrap();
         tell(Told::Runs);
@@ -199,8 +225,17 @@ async fn check(world: &Arc<World>, dir: &Path, told: Told, step: usize) {
 
 #[test]
 fn a_death_at_any_step_leaves_it_running_or_stored() {
+    die_at_every_step(0);
+}
+
+#[test]
+fn a_death_at_any_step_leaves_it_running_or_stored_where_clones_take_it_on() {
+    die_at_every_step(1);
+}
+
+fn die_at_every_step(pool: usize) {
     let mut finished = false;
-    for step in 0..200 {
+    for step in 0..600 {
         let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
         let told = parking_lot::Mutex::new(Told::Nothing);
         let first = Runtime::new().unwrap();
@@ -208,7 +243,7 @@ fn a_death_at_any_step_leaves_it_running_or_stored() {
         finished = first.block_on(async {
             let crashed = world.crashed.notified();
             tokio::select! {
-                () = live(&world, dir.path(), &told) => true,
+                () = live(&world, dir.path(), pool, &told) => true,
                 () = crashed => false,
                 () = tokio::time::sleep(DEADLINE) => panic!("step {step}: neither dead nor done"),
             }

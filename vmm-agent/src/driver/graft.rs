@@ -16,7 +16,6 @@ use std::{
 };
 
 use super::{
-    home::Home,
     pages::{GuestMemory, PAGE, Run},
     snapshot::{Manifest, Place},
     vmm::Patch,
@@ -62,7 +61,7 @@ impl Memory {
         Ok(Self { pages: by_page(&runs, &bytes), image: File::open(place.memory())? })
     }
 
-    /// What has to be written into the `memory` of a clone in `home`, which is paused.
+    /// What has to be written into the `memory` of a clone that is paused.
     ///
     /// # Errors
     ///
@@ -132,16 +131,6 @@ fn differences(old: &[u8], new: &[u8]) -> Vec<(usize, usize)> {
         }
     }
     stretches
-}
-
-/// Puts a copy of the layer `from` where the clone in `home` has its own, whose VMM still has that open.
-///
-/// # Errors
-///
-/// If the disk does not take it.
-pub fn exchange_layer(home: &Home, from: &std::path::Path) -> io::Result<()> {
-    fs_err::remove_file(home.layer())?;
-    home.add_layer(from)
 }
 
 #[cfg(test)]

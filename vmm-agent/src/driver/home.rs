@@ -110,6 +110,35 @@ impl Home {
         self.give(&layer)
     }
 
+    /// Removes the layer from the home. A VMM that has it open still uses it.
+    ///
+    /// # Errors
+    ///
+    /// If it resists.
+    pub fn remove_layer(&self) -> io::Result<()> {
+        durable::remove(&self.layer())
+    }
+
+    /// Makes the layer of another home this one's, too: whichever VM goes on with it. One that has waited for that takes it
+    /// for its own again ([`Home::own_layer`]).
+    ///
+    /// # Errors
+    ///
+    /// If there is one already.
+    pub fn share_layer(&self, other: &Self) -> io::Result<()> {
+        fs::hard_link(other.layer(), self.layer())?;
+        self.own_layer()
+    }
+
+    /// Makes the layer this VM's user's.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn own_layer(&self) -> io::Result<()> {
+        self.give(&File::open(self.layer())?)
+    }
+
     /// Makes the image `from` the one that the VM maps, and keeps it for as long as the home is there, whatever becomes of
     /// the snapshot that it is of.
     ///

@@ -15,7 +15,6 @@ use super::{
     cgroup::Cgroup,
     durable,
     golden::Goldens,
-    graft,
     home::Home,
     parts::{Bootable, Parts},
     running::{self, CloneError, Running},
@@ -24,7 +23,7 @@ use super::{
     vmm::Memory,
 };
 use crate::{
-    backend::{Captured, Circumstances, Condition, Guest, Instance, Wanted},
+    backend::{Captured, Circumstances, Condition, Guest, Instance, Scion, Wanted},
     microvm::{Kind, MakeError},
     telemetry,
 };
@@ -190,10 +189,34 @@ impl Instance for Vm {
         Ok(())
     }
 
-    async fn graft(&mut self, snapshot_id: &str, kind: &Kind) -> Result<(), MakeError> {
+    async fn graft(&mut self, scion: Scion<'_>, kind: &Kind) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
-        let place = parts.places.snapshot(snapshot_id);
-        let manifest = self.take_layer(&parts, snapshot_id, graft::exchange_layer).await?;
+        let (place, manifest) = match scion {
+            Scion::Snapshot(id) => {
+                let put = |home: &Home, layer: &Path| {
+                    home.remove_layer()?;
+                    home.add_layer(layer)
+                };
+                (parts.places.snapshot(id), self.take_layer(&parts, id, put).await?)
+            }
+            Scion::Stored(vm) => {
+                let stored = parts.home(vm);
+                let place = Place::stored(&stored);
+                let from = place.clone();
+                let take = move |home: &Home| {
+                    let manifest = from.read()?;
+                    home.remove_layer()?;
+                    home.share_layer(&stored)?;
+                    Ok(manifest)
+                };
+                let manifest = running::unless_damaged(&self.home, take).await?;
+                (place, manifest.ok_or_else(|| MakeError::Unusable("there is none".into()))?)
+            }
+        };
+        let bootable = parts.bootable(&kind.template)?;
+        if parts.origin(bootable, kind) != manifest.origin {
+            return Err(MakeError::Backend("it is of another VMM, CPU, kernel or base image".into()));
+        }
         self.running()?.graft(&self.home, place, manifest, kind).await
     }
 
@@ -217,6 +240,7 @@ impl Instance for Vm {
 
     async fn restore_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
+        running::on_disk(&self.home, Home::own_layer).await?;
         let place = Place::stored(&self.home);
         self.running = Some(Running::of_snapshot(&parts, &place, &self.home, &self.cgroup, kind).await?);
         Ok(())
@@ -227,7 +251,11 @@ impl Instance for Vm {
         let origin = running::on_disk(&self.home, Origin::read).await?;
         let bootable = base_of(&parts, &origin)?;
         // It is no clone any more.
-        running::on_disk(&self.home, Home::forget_base).await?;
+        running::on_disk(&self.home, |home| {
+            home.own_layer()?;
+            home.forget_base()
+        })
+        .await?;
         self.boot_with(&parts, (bootable, kind)).await
     }
 

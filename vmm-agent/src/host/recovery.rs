@@ -62,8 +62,12 @@ impl Host {
                 removals.extend(origin.into_microvm());
                 continue;
             }
-            // Of two epochs the earlier one was being replaced.
-            let rival = newest.get(&owner.sandbox).is_some_and(|(other, _)| other.epoch > owner.epoch);
+            // Of two epochs the earlier one was being replaced; of one that is stored and one that runs, the clone that has
+            // taken the other's state on goes on.
+            let rank = |owner: &Owner, origin: &Origin| (owner.epoch, matches!(origin, Origin::Adopt { .. }));
+            let rival = newest
+                .get(&owner.sandbox)
+                .is_some_and(|(other, its)| rank(other, its) > rank(&owner, &origin));
             let loser = if rival {
                 Some(origin)
             } else {

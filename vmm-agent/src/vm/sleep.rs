@@ -10,6 +10,9 @@
 //!               (from here on it does)
 //!   hibernated:  verify ─► start a VMM, paused, with all of it ─► journal: running ─► let it go on
 //!                                                                 (from here on it does)
+//!      or, if a clone of the pool takes it on ([`graft`]):
+//!                put it into the clone ─► journal: the clone runs ─► journal: forget the stored one ─► let the clone go on
+//!                                         (from here on the clone is it)
 //! ```
 //!
 //! The disk is never copied: nothing writes to it between the pause and the moment in which the VM goes on. What is
@@ -27,10 +30,11 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{
-    start::{Order, StartError},
+    start::{Order, StartError, Starter},
     tier::{Left, Paused, Tier},
 };
 use crate::{
+    backend::Scion,
     journal::{Owner, Stage, StartPath},
     microvm::{MakeError, MicroVm},
     telemetry,
@@ -177,8 +181,10 @@ pub async fn wake(
     path: StartPath,
     order: &Order,
     left: &mut Left,
+    starter: &Starter,
     microvm: &mut MicroVm,
 ) -> Result<StartPath, StartError> {
+    let _first = starter.put_off_refill();
     if let Left::Paused(paused) = *left
         && (paused.is_gone || !is_there(microvm).await)
     {
@@ -195,7 +201,14 @@ pub async fn wake(
             let gone_on = go_on(microvm).await.map_err(|error| NotWoken::BootIt(error.to_string()));
             gone_on.map(|()| StartPath::Paused)
         }
-        Left::Stored => wake_stored(owner, order, microvm).await,
+        Left::Stored => {
+            // An earlier attempt may have left a process.
+            release(microvm).await;
+            match graft(owner, order, starter, microvm).await {
+                Some(replaced) => go_on_as_clone(replaced, microvm).await,
+                None => wake_stored(owner, order, microvm).await,
+            }
+        }
         Left::Disk => Err(NotWoken::BootIt("its memory was no good before".into())),
     };
     let reason = match woken {
@@ -258,8 +271,36 @@ async fn wake_stored(owner: &Owner, order: &Order, microvm: &mut MicroVm) -> Res
     }
 }
 
+/// Puts the state of a stored VM into a clone that waits, if there is one that is good for that, and the clone into `microvm`.
+/// Returns the VM whose place the clone has taken, of which nothing counts any more. `None` if all is as it was.
+async fn graft(owner: &Owner, order: &Order, starter: &Starter, microvm: &mut MicroVm) -> Option<MicroVm> {
+    let mut clone = starter.clone_for(Scion::Stored(microvm.id()), &order.kind)?;
+    let grafted = async {
+        clone.enter(Stage::Claimed(owner.clone()))?;
+        let graft = clone.instance().graft(Scion::Stored(microvm.id()), &order.kind);
+        timeout(RESTORE_DEADLINE, graft).await.unwrap_or(Err(MakeError::Late))?;
+        // Until the clone goes on either may be gone on with, so one of the two is written down at any moment.
+        clone.enter_for_good(Stage::Running { owner: owner.clone(), path: StartPath::Memory }).await?;
+        microvm.forget_for_good().await
+    };
+    match grafted.await {
+        Ok(()) => Some(std::mem::replace(microvm, clone)),
+        Err(error) => {
+            warn!(%error, vm = clone.id(), console = clone.console_tail(), "a clone cannot take it on");
+            clone.destroy().await;
+            telemetry::attempt_failed(StartPath::Memory);
+            None
+        }
+    }
+}
+
+/// Lets a clone go on that has taken the place of `replaced`, and removes that.
+async fn go_on_as_clone(mut replaced: MicroVm, microvm: &mut MicroVm) -> Result<StartPath, NotWoken> {
+    let (gone_on, ()) = tokio::join!(go_on(microvm), replaced.destroy());
+    gone_on.map(|()| StartPath::Memory).map_err(|error| NotWoken::BootIt(error.to_string()))
+}
+
 async fn restore(order: &Order, microvm: &mut MicroVm) -> Result<(), MakeError> {
-    // An earlier attempt may have left a process.
     microvm.instance().release().await?;
     microvm.instance().restore_stored(&order.kind).await
 }

@@ -9,10 +9,11 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::{
+    backend::Scion,
     capacity::Full,
     journal::{Owner, Stage, StartPath},
     microvm::{Identity, Kind, MakeError, MicroVm},
-    pool::Pool,
+    pool::{Pool, PutOff},
     telemetry,
     vm::tier::Paused,
     workshop::Workshop,
@@ -174,6 +175,11 @@ impl Starter {
         Self { workshop, pool }
     }
 
+    /// Holds back what the pool would do beside a start, until the guard is dropped.
+    pub fn put_off_refill(&self) -> PutOff {
+        self.pool.put_off_refill()
+    }
+
     /// Takes over the VM in `slot` that an earlier agent left running.
     ///
     /// # Errors
@@ -272,11 +278,11 @@ impl Starter {
             true => (StartPath::RestoredDisk, BOOT_DEADLINE),
             false => (StartPath::Restored, RESTORE_DEADLINE),
         };
-        if let Some(microvm) = self.clone_for(source, &order.kind) {
+        if let Some(microvm) = self.clone_for_snapshot(source, &order.kind) {
             let microvm = slot.insert(microvm);
             let graft = async {
                 microvm.enter(Stage::Claimed(owner.clone()))?;
-                microvm.instance().graft(&source.snapshot_id, &order.kind).await?;
+                microvm.instance().graft(Scion::Snapshot(&source.snapshot_id), &order.kind).await?;
                 microvm.resume().await?;
                 self.hand_over(owner, order, microvm, path).await
             };
@@ -305,10 +311,16 @@ impl Starter {
         Err(StartError::Failed(failures.join("; ")))
     }
 
-    /// A clone that waits, if one is better than a new VM for a snapshot.
-    fn clone_for(&self, source: &Source, kind: &Kind) -> Option<MicroVm> {
-        let grafts = !source.disk_only && self.workshop.backend().grafts(&source.snapshot_id, kind);
-        grafts.then(|| self.pool.take(kind)).flatten()
+    fn clone_for_snapshot(&self, source: &Source, kind: &Kind) -> Option<MicroVm> {
+        if source.disk_only {
+            return None;
+        }
+        self.clone_for(Scion::Snapshot(&source.snapshot_id), kind)
+    }
+
+    /// A clone that waits, if one is better than a new VM for a state.
+    pub fn clone_for(&self, scion: Scion<'_>, kind: &Kind) -> Option<MicroVm> {
+        self.workshop.backend().grafts(scion, kind).then(|| self.pool.take(kind)).flatten()
     }
 
     /// Tells the guest whose it is, and then the journal that it runs.

@@ -26,7 +26,7 @@ use oc_proto::{
     },
 };
 use oc_vmm_agent::{
-    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Wanted},
+    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Scion, Wanted},
     capacity::Limits,
     host::Host,
     identity::{Epoch, SandboxId},
@@ -86,7 +86,7 @@ pub struct World {
 pub struct FakeVm {
     pub process: Option<Process>,
     /// Grows whenever its guest may have written to it.
-    disk: usize,
+    disk: Arc<AtomicUsize>,
     /// What is stored of its memory: its sandbox, and the disk that it was stored with.
     stored: Option<(String, usize)>,
 }
@@ -242,8 +242,13 @@ impl Backend for FakeBackend {
         Box::new(FakeInstance { world: self.0.clone(), id: vm.into(), wanted: None })
     }
 
-    fn grafts(&self, snapshot_id: &str, _: &Kind) -> bool {
-        self.0.snapshots.lock().get(snapshot_id).is_some_and(|captured| captured.has_memory)
+    fn grafts(&self, scion: Scion<'_>, _: &Kind) -> bool {
+        match scion {
+            Scion::Snapshot(id) => {
+                self.0.snapshots.lock().get(id).is_some_and(|captured| captured.has_memory)
+            }
+            Scion::Stored(vm) => self.0.vms.lock().get(vm).is_some_and(|vm| vm.stored.is_some()),
+        }
     }
 
     fn snapshots(&self) -> Vec<Captured> {
@@ -318,7 +323,7 @@ impl Instance for FakeInstance {
         let process = self.world.process(&self.id)?;
         assert!(process.paused.load(Ordering::SeqCst), "it is stored while it stands still");
         let sandbox = process.sandbox.lock().clone();
-        self.world.change(&self.id, |vm| vm.stored = Some((sandbox, vm.disk)))?;
+        self.world.change(&self.id, |vm| vm.stored = Some((sandbox, vm.disk.load(Ordering::SeqCst))))?;
         self.world.step().await;
         Ok(4096)
     }
@@ -358,9 +363,20 @@ impl Instance for FakeInstance {
         Ok(())
     }
 
-    async fn graft(&mut self, _: &str, _: &Kind) -> Result<(), MakeError> {
+    async fn graft(&mut self, scion: Scion<'_>, _: &Kind) -> Result<(), MakeError> {
         self.world.step().await;
-        assert!(self.world.process(&self.id)?.paused.load(Ordering::SeqCst));
+        let process = self.world.process(&self.id)?;
+        assert!(process.paused.load(Ordering::SeqCst));
+        if let Scion::Stored(other) = scion {
+            if self.world.damaged_memories.load(Ordering::SeqCst) > 0 {
+                return Err(MakeError::Unusable("its digest is another".into()));
+            }
+            let (stored, disk) = self.world.change(other, |vm| (vm.stored.clone(), vm.disk.clone()))?;
+            let (sandbox, stored_with) = stored.ok_or_else(|| MakeError::Unusable("there is none".into()))?;
+            assert_eq!(disk.load(Ordering::SeqCst), stored_with, "its memory is not of its disk");
+            self.world.change(&self.id, |vm| vm.disk = disk)?;
+            *process.sandbox.lock() = sandbox;
+        }
         if take_one(&self.world.failing_grafts) {
             return Err(MakeError::Backend("the CPU was busy".into()));
         }
@@ -385,7 +401,8 @@ impl Instance for FakeInstance {
         if take_one(&self.world.damaged_memories) {
             return Err(MakeError::Unusable("its digest is another".into()));
         }
-        let (stored, disk) = self.world.change(&self.id, |vm| (vm.stored.clone(), vm.disk))?;
+        let (stored, disk) =
+            self.world.change(&self.id, |vm| (vm.stored.clone(), vm.disk.load(Ordering::SeqCst)))?;
         let Some((sandbox, stored_with)) = stored else {
             return Err(MakeError::Unusable("there is none".into()));
         };
@@ -398,7 +415,7 @@ impl Instance for FakeInstance {
 
     async fn boot_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {
         self.boot(kind).await?;
-        self.world.change(&self.id, |vm| vm.disk += 1)
+        self.world.change(&self.id, |vm| vm.disk.fetch_add(1, Ordering::SeqCst)).map(drop)
     }
 
     fn forget_stored(&self) -> BoxFuture<'static, Result<(), MakeError>> {
@@ -418,7 +435,7 @@ impl Instance for FakeInstance {
     async fn resume(&self) -> Result<(), MakeError> {
         self.world.step().await;
         self.world.process(&self.id)?.paused.store(false, Ordering::SeqCst);
-        self.world.change(&self.id, |vm| vm.disk += 1)?;
+        self.world.change(&self.id, |vm| vm.disk.fetch_add(1, Ordering::SeqCst))?;
         self.world.step().await;
         Ok(())
     }

@@ -135,7 +135,8 @@ impl Task {
         let (microvm, order) = (microvm?, self.order.take()?);
         let (owner, path, mut left) = (self.owner.clone(), self.path(), self.left);
         let woken = {
-            let mut work = std::pin::pin!(sleep::wake(&owner, path, &order, &mut left, microvm));
+            let starter = self.surroundings.starter.clone();
+            let mut work = std::pin::pin!(sleep::wake(&owner, path, &order, &mut left, &starter, microvm));
             self.attend_to(&mut work).await
         };
         if left != self.left && !matches!(left, Left::Paused(_)) {
