@@ -39,6 +39,18 @@ pub fn vmms(state: &Path) -> Vec<Process> {
     naming(&homes).into_iter().filter(|process| process.command[0].contains("qemu")).collect()
 }
 
+/// The microVM of a sandbox, by what its host's journal says.
+pub fn vmm_of(state: &Path, sandbox_id: &str) -> Option<Process> {
+    let records = fs::read_dir(state.join("agent/journal")).ok()?.flatten();
+    let record = records.map(|entry| entry.path()).find(|path| {
+        let text = fs::read(path).unwrap_or_default();
+        let record: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+        record["stage"]["sandbox"] == sandbox_id
+    })?;
+    let home = state.join("agent/vms").join(record.file_stem()?).display().to_string();
+    vmms(state).into_iter().find(|vmm| vmm.command.join(" ").contains(&home))
+}
+
 /// A number of `/proc/PID/smaps_rollup` or `/proc/PID/status`, KiB; none if the process has gone.
 pub fn memory_kib(pid: i32, file: &str, field: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;

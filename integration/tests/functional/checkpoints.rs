@@ -25,27 +25,27 @@ use crate::hibernation::{check_disk, rounds, start_writers, verify_writers};
 /// Checkpoints of everything that a sandbox may have.
 const MAX_FULL: usize = 10;
 
-async fn checkpoint(rest: &Rest, sandbox: &Sandbox, body: Value) -> anyhow::Result<Value> {
+pub async fn checkpoint(rest: &Rest, sandbox: &Sandbox, body: Value) -> anyhow::Result<Value> {
     Ok(rest.post(&sandbox.path("/checkpoints"), body).await?.expect(201)?.json())
 }
 
-async fn restore(rest: &Rest, sandbox: &Sandbox, checkpoint: &Value) -> anyhow::Result<Answer> {
+pub async fn restore(rest: &Rest, sandbox: &Sandbox, checkpoint: &Value) -> anyhow::Result<Answer> {
     // As the published clients do: a JSON content type and nothing else.
     let path = sandbox.path(&format!("/checkpoints/{}/restore", id(checkpoint)));
     rest.send(rest.request(Method::POST, &path).header("content-type", "application/json")).await
 }
 
-async fn fork(rest: &Rest, path: &str, body: Value) -> anyhow::Result<Vec<Sandbox>> {
+pub async fn fork(rest: &Rest, path: &str, body: Value) -> anyhow::Result<Vec<Sandbox>> {
     let made = rest.post(path, body).await?.expect(201)?.json();
     let made = made["sandboxes"].as_array().context("no sandboxes")?;
     Ok(made.iter().map(|one| rest.sandbox(one["sandboxID"].as_str().unwrap_or_default())).collect())
 }
 
-fn id(checkpoint: &Value) -> &str {
+pub fn id(checkpoint: &Value) -> &str {
     checkpoint["id"].as_str().unwrap()
 }
 
-fn of(checkpoint: &Value, rest: &str) -> String {
+pub fn of(checkpoint: &Value, rest: &str) -> String {
     format!("/api/checkpoints/{}{rest}", id(checkpoint))
 }
 
@@ -54,7 +54,7 @@ fn place(mesh: &Mesh, checkpoint: &Value) -> PathBuf {
     mesh.state().join("agent/snapshots").join(id(checkpoint))
 }
 
-async fn delete_all(sandboxes: Vec<Sandbox>) -> anyhow::Result<()> {
+pub async fn delete_all(sandboxes: Vec<Sandbox>) -> anyhow::Result<()> {
     try_join_all(sandboxes.iter().map(Sandbox::delete)).await.map(drop)
 }
 
@@ -70,13 +70,13 @@ while True:
 ";
 
 /// Process and secret of the witness, and its beat.
-async fn witness(sandbox: &Sandbox) -> anyhow::Result<(String, u64)> {
+pub async fn witness(sandbox: &Sandbox) -> anyhow::Result<(String, u64)> {
     let text = sandbox.run("cat /dev/shm/witness").await?;
     let (who, beat) = text.trim().rsplit_once(' ').context("no witness")?;
     Ok((who.to_owned(), beat.parse()?))
 }
 
-async fn with_witness(rest: &Rest, body: Value) -> anyhow::Result<Sandbox> {
+pub async fn with_witness(rest: &Rest, body: Value) -> anyhow::Result<Sandbox> {
     let sandbox = rest.create(body).await?;
     sandbox.put("witness.py", WITNESS).await?.expect(204)?;
     sandbox.run("python3 witness.py > /dev/null 2>&1 & echo").await?;

@@ -6,6 +6,7 @@ mod clients;
 mod clones;
 mod commands;
 mod files;
+mod grafts;
 mod hibernation;
 mod host;
 mod main_job;
@@ -64,6 +65,10 @@ fn main() -> ExitCode {
             a_damaged_checkpoint_is_told_and_never_served,
             a_checkpoint_that_is_deleted_disturbs_no_fork,
             writers_lose_nothing_however_their_sandbox_branches;
+        grafts:
+            a_live_fork_goes_on_in_a_clone_that_waited,
+            a_busy_sandbox_is_forked_into_clones_that_waited,
+            a_stored_sandbox_wakes_in_a_clone_that_waited;
         refusals:
             bad_creates_are_refused,
             bad_commands_are_refused,

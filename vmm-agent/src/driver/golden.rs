@@ -247,8 +247,8 @@ async fn make(
         .quiesce(QuiesceRequest { thaw_after_ms: 0 })
         .await
         .map_err(|status| MakeError::Guest(Box::new(status)))?;
-    vm.link.hang_up().await;
     vm.machine.pause().await?;
+    vm.link.hang_up().await;
     vm.machine.save(&state).await?;
     vm.process.kill().await.map_err(|error| MakeError::Backend(error.to_string()))?;
     let golden = golden.clone();

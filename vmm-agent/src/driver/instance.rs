@@ -124,9 +124,11 @@ impl Instance for Vm {
         self.capture = None;
         self.stored.forget().await?;
         let running = self.running()?;
+        // In this order: a VMM that is hung up on while its guest speaks does not hear it ever again.
+        running.machine.pause().await?;
         // Else it would find half a conversation when it wakes.
         running.link.hang_up().await;
-        Ok(running.machine.pause().await?)
+        Ok(())
     }
 
     async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError> {

@@ -31,6 +31,8 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 const MIGRATION_WITHIN: Duration = Duration::from_secs(20);
 /// Between two looks at a migration.
 const MIGRATION_STEP: Duration = Duration::from_micros(500);
+/// What a guest has said is read as it comes.
+const SAID_WITHIN: Duration = Duration::from_secs(2);
 /// How long the program may take to print its version.
 const VERSION_WITHIN: Duration = Duration::from_secs(20);
 
@@ -137,6 +139,28 @@ struct Microvm {
 }
 
 impl Microvm {
+    /// Waits until QEMU has handed on what the guest said last. What it holds when it is saved, or is hung up on, it never gives
+    /// back: it tries to hand it on while nobody is connected, and then waits for ever for room (`flush_buf` in
+    /// hw/char/virtio-console.c).
+    async fn said(&self) -> Result<(), VmmError> {
+        let queue = json!({ "path": arguments::PORTS_PATH, "queue": arguments::SAID_QUEUE });
+        let deadline = Instant::now() + SAID_WITHIN;
+        loop {
+            let status = self.qmp.execute("x-query-virtio-queue-status", queue.clone()).await?;
+            // Before the guest's driver has set it up there is none.
+            if status.get("inuse").and_then(Value::as_u64).unwrap_or_default() == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(VmmError::Late {
+                    command: "to hand on what the guest said",
+                    within: SAID_WITHIN,
+                });
+            }
+            sleep(MIGRATION_STEP).await;
+        }
+    }
+
     async fn migrated(&self) -> Result<(), VmmError> {
         let deadline = Instant::now() + MIGRATION_WITHIN;
         loop {
@@ -176,7 +200,8 @@ impl Machine for Microvm {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
-        self.qmp.execute("stop", json!({})).await.map(drop)
+        self.qmp.execute("stop", json!({})).await?;
+        self.said().await
     }
 
     async fn save(&self, state: &Path) -> Result<(), VmmError> {

@@ -147,7 +147,7 @@ pub trait Machine: Debug + Send + Sync + 'static {
     /// Running: how it fares.
     async fn condition(&self) -> Result<Condition, VmmError>;
 
-    /// Running → paused.
+    /// Running → paused, and all that the guest has said is said.
     async fn pause(&self) -> Result<(), VmmError>;
 
     /// Paused → the same, with everything but memory and disk in `state`, a file of its own.

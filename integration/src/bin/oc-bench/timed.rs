@@ -127,6 +127,11 @@ pub async fn fork(rest: &Rest, sandbox: &Sandbox, count: usize) -> anyhow::Resul
 }
 
 impl Forked {
+    /// The children.
+    pub fn children(&self) -> &[Sandbox] {
+        &self.children
+    }
+
     /// Deletes all of them.
     pub async fn delete(self) -> anyhow::Result<()> {
         try_join_all(self.children.iter().map(Sandbox::delete)).await.map(drop)

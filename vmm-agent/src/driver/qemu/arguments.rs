@@ -13,6 +13,13 @@ pub const LAYER_NODE: &str = "layer";
 const LAYER_DEVICE: &str = "layer";
 /// Where that is found among QEMU's objects.
 pub const LAYER_PATH: &str = "/machine/peripheral/layer";
+/// What the device of the serial ports is called.
+const PORTS_DEVICE: &str = "ports";
+/// Where that is found among QEMU's objects.
+pub const PORTS_PATH: &str = "/machine/peripheral/ports";
+/// The queue of what the guest says on its port, which is port 1: each has two, and two more are for control
+/// (`virtio_serial_device_realize` in QEMU's hw/char/virtio-serial-bus.c).
+pub const SAID_QUEUE: u32 = 5;
 /// What the guest looks for among its serial ports.
 const PORT_NAME: &str = "oc.guest";
 /// Room for translated code, MiB. QEMU's default is an eighth of the host's memory, for each VM.
@@ -108,7 +115,7 @@ impl Machine<'_> {
         add("-device", "virtio-blk-device,drive=base".into());
         add("-blockdev", block(LAYER_NODE, &launch.home.layer(), false));
         add("-device", format!("virtio-blk-device,drive={LAYER_NODE},id={LAYER_DEVICE}"));
-        add("-device", "virtio-serial-device,max_ports=2".into());
+        add("-device", format!("virtio-serial-device,max_ports=2,id={PORTS_DEVICE}"));
         add("-chardev", socket("guest", self.guest));
         add("-device", format!("virtserialport,chardev=guest,name={PORT_NAME}"));
         add("-chardev", socket("control", self.control));
