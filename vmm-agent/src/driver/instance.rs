@@ -114,8 +114,11 @@ impl Instance for Vm {
     }
 
     async fn halt(&mut self) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
         self.capture = None;
         self.stored.forget().await?;
+        // Should the machine fail before it is stored, it boots from its disk.
+        running::on_disk(&self.home, move |home| parts.pin(&Origin::read(home)?)).await?;
         let running = self.running()?;
         // Else it would find half a conversation when it wakes.
         running.link.hang_up().await;
