@@ -198,8 +198,9 @@ mod tests {
         let task = tokio::spawn(async move {
             let _held = held;
             std::future::pending::<()>().await;
-        });
-        let mut ending = std::pin::pin!(let_go(ours, &task.abort_handle(), ended));
+        })
+        .abort_handle();
+        let mut ending = std::pin::pin!(let_go(ours, &task, ended));
         assert!(
             timeout(Duration::from_millis(20), &mut ending).await.is_err(),
             "the VMM has not noticed yet"
