@@ -324,6 +324,15 @@ mod tests {
     }
 
     #[test]
+    fn hibernated_sandboxes_are_paused_for_a_while_unless_told_otherwise() {
+        let paused = |more: &[&str]| Config::new(args(more)).unwrap().paused;
+        assert_eq!(paused(&[]).paused_for, Duration::from_secs(120));
+        assert!(paused(&["--paused-for", "0"]).paused_for.is_zero());
+        assert_eq!(paused(&["--pool-size", "1"]).headroom_mb, WAITING_CLONE_MB);
+        assert_eq!(paused(&["--pool-size", "0"]).headroom_mb, 0, "nobody else wants it");
+    }
+
+    #[test]
     fn nonsense_is_named() {
         for bad in ["base=3", "base:0:512=1", ":1:512=1", "base:1:512", "base:1:512=x"] {
             assert!(bad.parse::<PoolSpec>().is_err(), "{bad}");
@@ -331,6 +340,9 @@ mod tests {
         let mut bad = args(&[]);
         bad.host_id = "../x".into();
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--host-id", .. })));
+        let base =
+            ["oc-vmm-agent", "--cleanup", "--host-id", "h", "--data-dir", "d", "--paused-for", "2678401"];
+        assert!(Args::try_parse_from(base).is_err());
         let bad = args(&["--memory-reserve-mb", "99999999999"]);
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--memory-reserve-mb", .. })));
     }

@@ -14,8 +14,8 @@
 //!                                                        ▼
 //!                                                       gone
 //!
-//!   running ── hibernate ──▶ hibernating ── stored ──▶ hibernated ── wake ──▶ waking ──▶ running
-//!      ▲                          │ not stored             ▲ │ delete          │ not now
+//!   running ── hibernate ──▶ hibernating ── asleep ──▶ hibernated ── wake ──▶ waking ──▶ running
+//!      ▲                          │ not asleep             ▲ │ delete          │ not now
 //!      └──────────────────────────┘                        │ └──▶ deleting     │
 //!                                                          └───────────────────┘
 //! ```
@@ -31,8 +31,9 @@
 //! - **running** is announced after the guest has answered, and after the journal says so.
 //! - A running VM whose disk's writes find no room on the host is halted by its VMM and goes on when there is some
 //!   ([`halt`]); it is running all the while, and its calls are refused.
-//! - **hibernated** is a VM of which only its disk and its stored memory are left ([`sleep`]). It has no process and takes
-//!   no room of the host's but on disk, and it survives the machine.
+//! - **hibernated** is a VM that sleeps ([`sleep`]), in one of two [tiers](tier). In the first one its process stands still
+//!   with its memory, which is captured meanwhile; in the second only its disk and its stored memory are left. Either way
+//!   nobody counts its memory or its place, and it survives the machine: what is not captured by then, by its disk.
 //! - **failed** is a VM that ran and was lost. Its process is ended; its sandbox is listed, with the reason, until
 //!   it is deleted.
 //! - **deleting** gives up a start in progress. The deletion is remembered ([`crate::tombstones`]) before

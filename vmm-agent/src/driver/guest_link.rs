@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::{fd::AsFd as _, unix::net::UnixStream as StdStream},
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -14,9 +15,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use oc_guest_link::{HostLink, Nonce};
 use oc_mesh::channel::{CONNECTION_WINDOW, STREAM_WINDOW};
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
     sync::{Mutex, watch},
     task::AbortHandle,
+    time::timeout,
 };
 use tonic::{Status, body::Body};
 use tower::Service;
@@ -25,10 +28,14 @@ use super::home::{GUEST, Home};
 
 /// A guest that runs answers a handshake in a millisecond, one that boots when it is up.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
+/// A VMM notices in a millisecond that we hang up.
+const HANGS_UP_WITHIN: Duration = Duration::from_secs(2);
 /// Larger frames mean fewer of them; each costs the emulated guest a system call and a header.
 const MAX_FRAME: u32 = 512 << 10;
 /// Bytes that wait to be sent on a stream.
 const SEND_BUFFER: usize = 1 << 20;
+/// Bytes that are read at once of what nobody wants to know.
+const DRAINED: usize = 64 << 10;
 /// Headers and trailers of one answer, bytes: nothing of a guest is worth more.
 const MAX_HEADERS: u32 = 16 << 10;
 
@@ -47,17 +54,33 @@ struct Shared {
 struct Connected {
     sender: SendRequest<Body>,
     task: AbortHandle,
+    /// The same socket as the task's.
+    socket: UnixStream,
     /// Completes when the task has let go of the socket.
     ended: watch::Receiver<()>,
 }
 
 impl Connected {
-    /// Ends the connection, and returns when its socket is closed.
+    /// Ends the connection, and returns when the VMM has done so, too.
     async fn end(self) {
-        self.task.abort();
-        let mut ended = self.ended;
-        // Fails when the other half is dropped, which is what it is for.
-        let _ = ended.changed().await;
+        let Self { task, socket, ended, .. } = self;
+        let_go(socket, &task, ended).await;
+    }
+}
+
+/// Ends `task` and what it does on `socket`, and returns when the other side of that has closed it, too.
+///
+/// What the guest writes until then is read: QEMU forgets a buffer that it cannot write because we are gone (10.0,
+/// `discard_throttle_data` in hw/char/virtio-serial-bus.c). The guest waits for it for ever, and says nothing any more.
+async fn let_go(mut socket: UnixStream, task: &AbortHandle, mut ended: watch::Receiver<()>) {
+    let shut = socket.shutdown().await;
+    task.abort();
+    // Fails when the other half is dropped, which is what it is for.
+    let _ = ended.changed().await;
+    let mut rest = vec![0; DRAINED];
+    let drained = async { while matches!(socket.read(&mut rest).await, Ok(1..)) {} };
+    if shut.is_ok() && timeout(HANGS_UP_WITHIN, drained).await.is_err() {
+        tracing::warn!("a VMM does not notice that nobody listens to its guest");
     }
 }
 
@@ -76,8 +99,8 @@ impl GuestLink {
         self.0.sender().await.map(drop)
     }
 
-    /// Hangs up: a guest that is captured must not find half a conversation when it wakes. The VMM knows of it before it
-    /// can be told anything else.
+    /// Hangs up: a guest that is captured must not find half a conversation when it wakes. The VMM knows of it when this
+    /// returns: it writes to no guest that stands still.
     pub async fn hang_up(&self) {
         if let Some(connected) = self.0.connected.lock().await.take() {
             connected.end().await;
@@ -105,6 +128,7 @@ impl Shared {
 
 async fn connect(home: &Home) -> io::Result<Connected> {
     let stream: UnixStream = home.connect(GUEST).await?;
+    let socket = UnixStream::from_std(StdStream::from(stream.as_fd().try_clone_to_owned()?))?;
     let mut nonce = [0; 16];
     getrandom::fill(&mut nonce).map_err(io::Error::other)?;
     let link = HostLink::connect(stream, Nonce(nonce), ANSWERS_WITHIN).await.map_err(io::Error::other)?;
@@ -126,7 +150,7 @@ async fn connect(home: &Home) -> io::Result<Connected> {
             tracing::debug!(%error, "the connection to a guest broke");
         }
     });
-    Ok(Connected { sender, task: task.abort_handle(), ended })
+    Ok(Connected { sender, task: task.abort_handle(), socket, ended })
 }
 
 impl Service<http::Request<Body>> for GuestLink {
@@ -161,4 +185,29 @@ fn absolute(uri: &Uri) -> Result<Uri, Status> {
 
 fn lost(error: impl std::fmt::Display) -> Status {
     Status::unavailable(format!("the guest cannot be reached: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_guest_writes_is_taken_until_its_vmm_has_hung_up() {
+        let (ours, mut vmm) = UnixStream::pair().unwrap();
+        let (held, ended) = watch::channel(());
+        let task = tokio::spawn(async move {
+            let _held = held;
+            std::future::pending::<()>().await;
+        })
+        .abort_handle();
+        let mut ending = std::pin::pin!(let_go(ours, &task, ended));
+        assert!(
+            timeout(Duration::from_millis(20), &mut ending).await.is_err(),
+            "the VMM has not noticed yet"
+        );
+        assert_eq!(vmm.read(&mut [0; 1]).await.unwrap(), 0, "it is told");
+        vmm.write_all(b"late").await.unwrap();
+        drop(vmm);
+        timeout(HANGS_UP_WITHIN, ending).await.unwrap();
+    }
 }

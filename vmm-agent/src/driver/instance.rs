@@ -121,8 +121,11 @@ impl Instance for Vm {
     }
 
     async fn halt(&mut self) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
         self.capture = None;
         self.stored.forget().await?;
+        // Should the machine fail before it is stored, it boots from its disk.
+        running::on_disk(&self.home, move |home| parts.pin(&Origin::read(home)?)).await?;
         let running = self.running()?;
         // In this order: a VMM that is hung up on while its guest speaks does not hear it ever again.
         running.machine.pause().await?;
