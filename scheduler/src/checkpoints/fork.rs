@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 
 use super::{Checkpoints, shown, source_of};
 use crate::{
-    random,
+    fail, random,
     refusal::Refusal,
     sandbox_id::{self, SandboxId},
     sandboxes::{Sandboxes, create::Origin},
@@ -168,7 +168,12 @@ impl Checkpoints {
         let tenant = sandbox.tenant.clone();
         let forked_from = sandbox.sandbox_id.clone();
         let parent_id = sandbox.checkpoint_id.clone();
-        let captured = async move { this.capture(&sandbox, of, true).await }.boxed().shared();
+        let captured = async move {
+            let captured = this.capture(&sandbox, of, true).await;
+            fail::reached(fail::FORK_CAPTURED);
+            captured
+        };
+        let captured = captured.boxed().shared();
         let origin = Origin {
             host_id: host_id.clone(),
             source,
@@ -179,12 +184,14 @@ impl Checkpoints {
         };
         // Begun before the first record is written, and not by whoever waits for it first.
         let (made, taken) = tokio::join!(self.make_all(&tenant, wanted.count, order, origin), captured);
+        fail::reached(fail::FORK_MADE);
         let agents = self.sandboxes.agents.clone();
         self.sandboxes.flows.spawn(async move {
             let _live = live;
             if let Err(error) = agents.delete_snapshot(&host_id, &snapshot_id).await {
                 tracing::info!(snapshot_id, %error, "what a fork was made of is reconciled later");
             }
+            fail::reached(fail::FORK_REMOVED);
         });
         Ok((made?, taken?))
     }
