@@ -173,11 +173,15 @@ impl Draft {
             false => fs::write(&path, &text)?,
         }
         fail::pass(fail::SNAPSHOT_MANIFEST, home.vm())?;
-        match is_kept {
-            true => durable::rename(&self.dir.0, &self.place)?,
-            false => fs::rename(&self.dir.0, &self.place)?,
+        let named = match is_kept {
+            true => durable::rename(&self.dir.0, &self.place),
+            false => fs::rename(&self.dir.0, &self.place),
+        };
+        if let Err(error) = named.and_then(|()| Ok(fail::pass(fail::SNAPSHOT_RENAMED, home.vm())?)) {
+            // It may have its name: whoever is told that there is none must not find it later.
+            durable::remove_whole(&self.place)?;
+            return Err(error);
         }
-        fail::pass(fail::SNAPSHOT_RENAMED, home.vm())?;
         Ok(manifest)
     }
 }
