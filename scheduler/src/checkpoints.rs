@@ -253,10 +253,25 @@ impl Checkpoints {
         let (this, id) = (self.sandboxes.clone(), found.sandbox_id);
         let flow = async move { this.restore(&id, source).await };
         let restored = self.sandboxes.flows.run(flow, async |_| ()).await;
-        restored.unwrap_or(Err(Refusal::Stopping)).map_err(|refusal| match refusal {
+        let restored = restored.unwrap_or(Err(Refusal::Stopping)).map_err(|refusal| match refusal {
             Refusal::Agent(error) => lost_or(error),
             refusal => refusal,
-        })
+        });
+        self.unless_deleted(tenant, checkpoint_id, restored).await
+    }
+
+    /// What became of something that was to be made of a checkpoint. If it was deleted meanwhile, that is why it failed,
+    /// whatever its host found of it.
+    async fn unless_deleted<T>(
+        &self,
+        tenant: &str,
+        checkpoint_id: &str,
+        made: Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        if let Err(Refusal::Agent(_) | Refusal::CheckpointLost) = made {
+            self.get(tenant, checkpoint_id, "").await?;
+        }
+        made
     }
 
     /// Whether a host can be asked: not to promise on it what it may never do.

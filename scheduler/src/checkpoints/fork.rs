@@ -110,13 +110,14 @@ impl Checkpoints {
             parent_id: checkpoint.checkpoint_id,
             forked_from: String::new(),
         };
-        let (this, tenant) = (self.clone(), tenant.to_owned());
-        let flow = async move { this.make_all(&tenant, wanted.count, order, origin).await };
+        let (this, owner) = (self.clone(), tenant.to_owned());
+        let flow = async move { this.make_all(&owner, wanted.count, order, origin).await };
         let sandboxes = self.sandboxes.clone();
         let abandoned = async move |made: Result<Vec<SandboxRecord>, Refusal>| {
             end_all(&sandboxes, made.unwrap_or_default()).await;
         };
-        self.sandboxes.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping))
+        let made = self.sandboxes.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping));
+        self.unless_deleted(tenant, checkpoint_id, made).await
     }
 
     /// Makes sandboxes of a tenant's sandbox as it is now; one that is hibernated wakes for it. Also returns what its host
