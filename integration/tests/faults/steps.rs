@@ -186,9 +186,8 @@ async fn sleeps(mut bed: Bed, hibernate: &'static Table, wake: &'static Table) -
     let rest = bed.rest();
     for step in each(hibernate) {
         let (subject, mark) = bed.begin().await?;
-        let path = subject.sandbox.path("/hibernate");
+        let (path, before) = (subject.sandbox.path("/hibernate"), bed.vmms());
         let answer = bed.strike(step, async || rest.post(&path, json!({})).await).await?;
-        let status = subject.sandbox.get().await?.json()["status"].clone();
         let found = bed.find().await?;
         let is_fine = match step.1 {
             Vmm => [Found::Whole(mark), Found::Disk(mark), Found::Lost].contains(&found),
@@ -196,21 +195,19 @@ async fn sleeps(mut bed: Bed, hibernate: &'static Table, wake: &'static Table) -
         };
         ensure!(is_fine, "{step:?}: {found:?}");
         ensure!(answer.is_none() || found != Found::Lost, "{step:?}: it was told that it is hibernated");
-        let when = if status == "hibernated" { "after" } else { "before" };
-        row("hibernate", step.0, step.1.name(), &format!("{when}; {found:?}"));
+        row("hibernate", step.0, step.1.name(), &bed.told(found, &before));
     }
     for step in each(wake) {
         let (subject, mark) = bed.begin().await?;
         let hibernate = subject.sandbox.path("/hibernate");
         eventually("it sleeps", async || rest.post(&hibernate, json!({})).await?.expect(200)).await?;
-        let path = subject.sandbox.path("/wake");
-        let answer = bed.strike(step, async || rest.post(&path, json!({})).await).await?;
+        let (path, before) = (subject.sandbox.path("/wake"), bed.vmms());
+        bed.strike(step, async || rest.post(&path, json!({})).await).await?;
         let found = bed.find().await?;
         // A VMM that dies once its guest may have gone on leaves the disk.
         let is_fine = found == Found::Whole(mark) || (found, step.1) == (Found::Disk(mark), Vmm);
         ensure!(is_fine, "{step:?}: {found:?}");
-        let when = if answer.is_some() { "after (answered)" } else { "before or after" };
-        row("wake", step.0, step.1.name(), &format!("{when}; {found:?}"));
+        row("wake", step.0, step.1.name(), &bed.told(found, &before));
     }
     bed.end().await
 }

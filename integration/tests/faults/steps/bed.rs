@@ -231,6 +231,21 @@ impl Bed {
         Ok(found)
     }
 
+    /// The VMMs that run.
+    pub fn vmms(&self) -> Vec<i32> {
+        processes::vmms(self.mesh.state()).into_iter().map(|vmm| vmm.pid).collect()
+    }
+
+    /// What it is found to be, in words; of one that runs on also whether its VMM is that of `before`.
+    pub fn told(&self, found: Found, before: &[i32]) -> String {
+        match found {
+            Found::Whole(_) if self.vmms() == before => format!("{found:?}, the same VMM"),
+            Found::Whole(_) => format!("{found:?}, another VMM"),
+            // It is deleted by now.
+            Found::Disk(_) | Found::Lost => format!("{found:?}"),
+        }
+    }
+
     /// Every checkpoint that there is, by ID, once all are settled.
     pub async fn checkpoints(&self) -> anyhow::Result<BTreeMap<String, Value>> {
         let rest = self.rest();
