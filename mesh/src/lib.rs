@@ -7,6 +7,7 @@
 //! - [`caller`], [`api_key`], [`token`]: who calls.
 //! - [`error`]: stable reasons, one table to gRPC and HTTP.
 //! - [`clock`], [`limits`], [`shutdown`], [`telemetry`]: time, what the system allows, stopping, seeing.
+//! - [`fail`]: where a test has a service die.
 
 pub mod api_key;
 pub mod caller;
@@ -14,6 +15,7 @@ pub mod channel;
 pub mod clock;
 pub mod endpoint;
 pub mod error;
+pub mod fail;
 pub mod keys;
 pub mod layers;
 pub mod limits;

@@ -28,7 +28,7 @@ use oc_proto::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agents::AgentError, checkpoints::book::Book, lifecycle, refusal::Refusal, sandbox_id,
+    agents::AgentError, checkpoints::book::Book, fail, lifecycle, refusal::Refusal, sandbox_id,
     sandboxes::Sandboxes,
 };
 use oc_mesh::error::Reason;
@@ -166,6 +166,7 @@ impl Checkpoints {
         let _live = self.sandboxes.flows.enter(checkpoint_id);
         let mark = |record: &CheckpointRecord| CheckpointRecord { deleting: true, ..record.clone() };
         let Some(marked) = self.book.update(checkpoint_id, mark).await? else { return Ok(()) };
+        fail::reached(fail::DELETE_MARKED);
         if let Err(error) = self.finish_delete(&marked).await {
             tracing::warn!(checkpoint_id, %error, "checkpoint is marked, its host removes it later");
         }
@@ -181,8 +182,11 @@ impl Checkpoints {
             Ok(()) | Err(AgentError::NotMember(_)) => {}
             Err(error) => return Err(error.into()),
         }
+        fail::reached(fail::DELETE_REMOVED);
         self.hand_over(id, &checkpoint.parent_id).await?;
+        fail::reached(fail::DELETE_HANDED_OVER);
         self.book.remove_if(id, |record| record.deleting).await?;
+        fail::reached(fail::DELETE_FORGOTTEN);
         tracing::info!(checkpoint_id = id, "checkpoint deleted");
         Ok(())
     }
@@ -249,10 +253,25 @@ impl Checkpoints {
         let (this, id) = (self.sandboxes.clone(), found.sandbox_id);
         let flow = async move { this.restore(&id, source).await };
         let restored = self.sandboxes.flows.run(flow, async |_| ()).await;
-        restored.unwrap_or(Err(Refusal::Stopping)).map_err(|refusal| match refusal {
+        let restored = restored.unwrap_or(Err(Refusal::Stopping)).map_err(|refusal| match refusal {
             Refusal::Agent(error) => lost_or(error),
             refusal => refusal,
-        })
+        });
+        self.unless_deleted(tenant, checkpoint_id, restored).await
+    }
+
+    /// What became of something that was to be made of a checkpoint. If it was deleted meanwhile, that is why it failed,
+    /// whatever its host found of it.
+    async fn unless_deleted<T>(
+        &self,
+        tenant: &str,
+        checkpoint_id: &str,
+        made: Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        if let Err(Refusal::Agent(_) | Refusal::CheckpointLost) = made {
+            self.get(tenant, checkpoint_id, "").await?;
+        }
+        made
     }
 
     /// Whether a host can be asked: not to promise on it what it may never do.

@@ -11,6 +11,7 @@
 //! - [`checkpoints`]: taking sandboxes' states down, going back to them, branching from them.
 //! - [`reconcile`]: makes what is agree with what should be, after any crash.
 //! - [`rpc`]: the services; [`refusal`]: why a call is refused.
+//! - [`fail`]: where a test has it die.
 //! - [`config`], [`bootstrap`], [`app`]: coming up and going down; [`telemetry`]: what is counted; [`random`].
 
 pub mod activity;
@@ -19,6 +20,7 @@ pub mod app;
 pub mod bootstrap;
 pub mod checkpoints;
 pub mod config;
+pub mod fail;
 pub mod flows;
 pub mod ledger;
 pub mod lifecycle;

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use oc_mesh::{clock::SystemClock, limits, shutdown, store, telemetry};
-use oc_scheduler::{app::App, config::Config, reconcile::Pace};
+use oc_mesh::{clock::SystemClock, fail::arm, limits, shutdown, store, telemetry};
+use oc_scheduler::{app::App, config::Config, fail, reconcile::Pace};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let config = Config::parse();
     telemetry::init("oc-scheduler");
+    arm(fail::ALL, fail::ACTIONS)?;
     limits::raise_open_files()?;
     let stop = shutdown::on_signal()?;
     let store = store::open(&config.store).await.context("the record store could not be opened")?;

@@ -9,6 +9,7 @@
 //! - [`backend`]: the seam to what drives VMMs; [`driver`]: what does.
 //! - [`cleanup`], [`lock`]: leaving nothing behind; one agent per data directory.
 //! - [`capacity`], [`telemetry`], [`identity`]: what the host has, what is counted, what things are called.
+//! - [`fail`]: where a test has it die.
 
 pub mod app;
 pub mod backend;
@@ -17,6 +18,7 @@ pub mod cleanup;
 pub mod config;
 pub mod data_plane;
 pub mod driver;
+pub mod fail;
 pub mod host;
 pub mod identity;
 pub mod journal;

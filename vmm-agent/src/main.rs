@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use oc_mesh::{limits, shutdown, telemetry};
+use oc_mesh::{fail::arm, limits, shutdown, telemetry};
 use oc_vmm_agent::{
     app, cleanup,
     config::{self, Args, Config},
     driver::Driver,
+    fail,
 };
 
 #[tokio::main]
@@ -21,6 +22,7 @@ async fn main() -> anyhow::Result<()> {
         let driver = Driver::for_removal(&host_id, &data_dir).context("cannot look for VMs")?;
         return Ok(cleanup::clean_up(Arc::new(driver), &data_dir).await?);
     }
+    arm(fail::ALL, fail::ACTIONS)?;
     limits::raise_open_files().context("cannot open more files")?;
     let config = Config::new(args)?;
     let shutdown = shutdown::on_signal()?;

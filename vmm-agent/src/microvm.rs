@@ -18,6 +18,7 @@ use tracing::{error, warn};
 
 use crate::{
     backend::{Captured, Circumstances, Condition, Guest, Instance, Wanted},
+    fail,
     journal::{Journal, Stage},
     telemetry,
 };
@@ -273,6 +274,7 @@ impl MicroVm {
             }
         };
         let freeze = begun.elapsed();
+        fail::reached(fail::CAPTURE_QUIESCED, &self.id);
         let captured = telemetry::step("capture", self.instance.capture(wanted)).await;
         let resumed = Instant::now();
         let thawed = timeout(THAWS_WITHIN, self.wake_guest()).await.unwrap_or(Err(MakeError::Late));
@@ -281,6 +283,7 @@ impl MicroVm {
             // It thaws by itself.
             warn!(vm = self.id, %error, "the guest does not say that it goes on");
         }
+        fail::reached(fail::CAPTURE_THAWED, &self.id);
         let circumstances = Circumstances {
             taken_at: SystemTime::now(),
             is_quiet,
@@ -288,7 +291,9 @@ impl MicroVm {
             freeze,
             is_ephemeral: wanted.is_ephemeral,
         };
-        self.instance.keep_capture(circumstances).await
+        let kept = self.instance.keep_capture(circumstances).await?;
+        fail::reached(fail::CAPTURE_KEPT, &self.id);
+        Ok(kept)
     }
 
     fn guest_service(&self) -> Result<GuestServiceClient<Guest>, MakeError> {

@@ -14,6 +14,7 @@ use tracing::warn;
 
 use crate::{
     backend::Backend,
+    fail,
     journal::{JOURNAL_DIR, Journal, Record, Stage},
     microvm::{Identity, Kind, MakeError, MicroVm},
 };
@@ -98,6 +99,7 @@ impl Workshop {
         let instance = self.backend.open(&id);
         let microvm = slot.insert(MicroVm::new(id, self.journal.clone(), instance));
         microvm.instance().create().await?;
+        fail::pass(fail::CREATE_HOME, microvm.id())?;
         Ok(microvm)
     }
 

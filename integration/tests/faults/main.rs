@@ -7,6 +7,7 @@ mod disk;
 mod etcd;
 mod killed;
 mod sleepers;
+mod steps;
 mod upgrade;
 
 use std::process::ExitCode;
@@ -25,6 +26,9 @@ fn main() -> ExitCode {
             a_sandbox_is_stored_or_runs_whoever_dies;
         branches:
             a_sandbox_is_as_before_or_as_after_whoever_dies;
+        steps:
+            a_sandbox_is_as_before_or_as_after_at_every_step,
+            a_checkpoint_that_is_deleted_while_a_fork_reads_it_is_whole_or_not_found;
         chaos:
             a_hundred_creates_among_kills_leave_only_what_works;
         disk:

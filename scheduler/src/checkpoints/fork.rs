@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 
 use super::{Checkpoints, shown, source_of};
 use crate::{
-    random,
+    fail, random,
     refusal::Refusal,
     sandbox_id::{self, SandboxId},
     sandboxes::{Sandboxes, create::Origin},
@@ -110,13 +110,14 @@ impl Checkpoints {
             parent_id: checkpoint.checkpoint_id,
             forked_from: String::new(),
         };
-        let (this, tenant) = (self.clone(), tenant.to_owned());
-        let flow = async move { this.make_all(&tenant, wanted.count, order, origin).await };
+        let (this, owner) = (self.clone(), tenant.to_owned());
+        let flow = async move { this.make_all(&owner, wanted.count, order, origin).await };
         let sandboxes = self.sandboxes.clone();
         let abandoned = async move |made: Result<Vec<SandboxRecord>, Refusal>| {
             end_all(&sandboxes, made.unwrap_or_default()).await;
         };
-        self.sandboxes.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping))
+        let made = self.sandboxes.flows.run(flow, abandoned).await.unwrap_or(Err(Refusal::Stopping));
+        self.unless_deleted(tenant, checkpoint_id, made).await
     }
 
     /// Makes sandboxes of a tenant's sandbox as it is now; one that is hibernated wakes for it. Also returns what its host
@@ -168,7 +169,12 @@ impl Checkpoints {
         let tenant = sandbox.tenant.clone();
         let forked_from = sandbox.sandbox_id.clone();
         let parent_id = sandbox.checkpoint_id.clone();
-        let captured = async move { this.capture(&sandbox, of, true).await }.boxed().shared();
+        let captured = async move {
+            let captured = this.capture(&sandbox, of, true).await;
+            fail::reached(fail::FORK_CAPTURED);
+            captured
+        };
+        let captured = captured.boxed().shared();
         let origin = Origin {
             host_id: host_id.clone(),
             source,
@@ -179,12 +185,14 @@ impl Checkpoints {
         };
         // Begun before the first record is written, and not by whoever waits for it first.
         let (made, taken) = tokio::join!(self.make_all(&tenant, wanted.count, order, origin), captured);
+        fail::reached(fail::FORK_MADE);
         let agents = self.sandboxes.agents.clone();
         self.sandboxes.flows.spawn(async move {
             let _live = live;
             if let Err(error) = agents.delete_snapshot(&host_id, &snapshot_id).await {
                 tracing::info!(snapshot_id, %error, "what a fork was made of is reconciled later");
             }
+            fail::reached(fail::FORK_REMOVED);
         });
         Ok((made?, taken?))
     }

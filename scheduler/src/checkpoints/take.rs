@@ -9,7 +9,7 @@ use oc_proto::{
 use super::{Checkpoints, PREFIX, index, shown};
 use crate::{
     agents::AgentError,
-    lifecycle,
+    fail, lifecycle,
     refusal::Refusal,
     sandbox_id,
     validate::{self, Invalid},
@@ -80,9 +80,11 @@ impl Checkpoints {
         let disk_only = order.kind == CheckpointKind::DiskOnly;
         let drafted = self.draft(&id, sandbox, order);
         self.book.add(&drafted).await?;
+        fail::reached(fail::TAKE_RECORDED);
         let source = SnapshotSource { snapshot_id: id.clone(), disk_only };
         match self.capture(sandbox, source, false).await {
             Ok(snapshot) => {
+                fail::reached(fail::TAKE_CAPTURED);
                 let finished = self.finish(&id, &snapshot).await;
                 if matches!(finished, Err(Refusal::CheckpointNotFound)) {
                     // Deleted while it was taken. Best effort: what stays is a stray.
@@ -164,6 +166,7 @@ impl Checkpoints {
         let written = self.book.update(id, |record| ready(record, snapshot)).await?;
         let record = written.ok_or(Refusal::CheckpointNotFound)?;
         let checkpoint = shown(&record);
+        fail::reached(fail::TAKE_WRITTEN);
         // For the tree alone: that it fails is no failure of the checkpoint.
         let followed = self
             .sandboxes
@@ -173,6 +176,7 @@ impl Checkpoints {
         if let Err(error) = followed {
             tracing::debug!(checkpoint_id = id, %error, "its sandbox does not follow it");
         }
+        fail::reached(fail::TAKE_FOLLOWED);
         tracing::info!(
             checkpoint_id = id,
             sandbox_id = checkpoint.sandbox_id,

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::Sandboxes;
 use crate::{
     agents::{AgentError, CREATE_DEADLINE},
+    fail,
     ledger::{Change, LedgerError, Next, Versioned},
     lifecycle::{self, Denied},
     refusal::Refusal,
@@ -140,6 +141,7 @@ impl Sandboxes {
             Some(origin) => Next::Reserved(origin.apply(draft)),
         };
         let mut placed = self.write(id, None, to).await?;
+        fail::reached(fail::CREATE_RECORDED);
         let mut snapshot = None;
         if let Some(Origin { captured, source, .. }) = &origin {
             // Its record was written while the snapshot was taken.
@@ -188,8 +190,11 @@ impl Sandboxes {
 
     /// The microVM answers: so does the sandbox, as soon as that is durable.
     async fn run(&self, placed: Versioned, made: &CreateVmResponse) -> Result<Versioned, Refusal> {
+        fail::reached(fail::CREATE_MADE);
         let now = self.clock.now();
-        match self.ledger.step(placed, |record| lifecycle::run(record, made, now)).await {
+        let written = self.ledger.step(placed, |record| lifecycle::run(record, made, now)).await;
+        fail::reached(fail::CREATE_WRITTEN);
+        match written {
             // Deleted while it was made; who deleted it ends the microVM, too.
             Err(LedgerError::Conflict) => Err(Denied::Deleted.into()),
             result => Ok(result?),

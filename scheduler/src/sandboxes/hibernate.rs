@@ -23,6 +23,7 @@ use oc_proto::{
 use super::Sandboxes;
 use crate::{
     agents::AgentError,
+    fail,
     ledger::{Change, LedgerError, Next, Versioned},
     lifecycle::{self, Denied},
     random,
@@ -65,10 +66,13 @@ impl Sandboxes {
             }
             marked => marked?,
         };
+        fail::reached(fail::HIBERNATE_MARKED);
         match self.agents.hibernate_vm(&marked.record, if_idle_since).await {
             Ok(host) => {
+                fail::reached(fail::HIBERNATE_STORED);
                 let step = |record: &SandboxRecord| lifecycle::hibernate(record, &host);
                 let stored = self.ledger.update(sandbox_id, step).await?.record;
+                fail::reached(fail::HIBERNATE_WRITTEN);
                 let (tier, is_idle) = (host.tier().as_str_name(), if_idle_since.is_some());
                 tracing::info!(sandbox_id, host.stored_bytes, tier, is_idle, "sandbox hibernated");
                 Ok(stored)
@@ -154,8 +158,10 @@ impl Sandboxes {
     /// Wakes a marked sandbox.
     pub(crate) async fn finish_wake(&self, marked: Versioned) -> Result<SandboxRecord, Refusal> {
         let sandbox_id = marked.record.sandbox_id.as_str();
+        fail::reached(fail::WAKE_MARKED);
         match self.agents.wake_vm(&marked.record).await {
             Ok(woken) => {
+                fail::reached(fail::WAKE_WOKEN);
                 let now = self.clock.now();
                 let step = |record: &SandboxRecord| match lifecycle::wake(record, &woken, now) {
                     // Another one who waited for the same restore was quicker.
@@ -163,6 +169,7 @@ impl Sandboxes {
                     stepped => stepped,
                 };
                 let record = self.ledger.update(sandbox_id, step).await?.record;
+                fail::reached(fail::WAKE_WRITTEN);
                 let path = record.start_path().as_str_name();
                 tracing::info!(sandbox_id, start_path = path, "sandbox woken");
                 Ok(record)

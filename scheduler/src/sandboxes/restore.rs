@@ -15,6 +15,7 @@ use oc_proto::mesh::{SandboxRecord, SnapshotSource};
 use super::{SETTLE, Sandboxes};
 use crate::{
     agents::{AgentError, CREATE_DEADLINE},
+    fail,
     ledger::{Change, LedgerError, Next},
     lifecycle::{self, Denied},
     random,
@@ -32,12 +33,15 @@ impl Sandboxes {
         let _live = self.flows.enter(sandbox_id);
         let marked = tokio::time::timeout(SETTLE, self.mark_restoring(sandbox_id, &source.snapshot_id)).await;
         let marked = marked.unwrap_or_else(|_| Err(Denied::NotReady.into()))?;
+        fail::reached(fail::RESTORE_MARKED);
         let asked = SandboxRecord { epoch: marked.tried_epoch, ..marked };
         match self.agents.create_vm(&asked, Some(source), CREATE_DEADLINE).await {
             Ok(made) => {
+                fail::reached(fail::RESTORE_MADE);
                 let now = self.clock.now();
                 let step = |record: &SandboxRecord| lifecycle::restore(record, asked.epoch, &made, now);
                 let record = self.ledger.update(sandbox_id, step).await?.record;
+                fail::reached(fail::RESTORE_WRITTEN);
                 tracing::info!(sandbox_id, checkpoint_id = record.checkpoint_id, "sandbox restored");
                 Ok(record)
             }

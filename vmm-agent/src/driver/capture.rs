@@ -11,7 +11,7 @@ use super::{
     stored::Writing,
     vmm::Machine,
 };
-use crate::{backend::Circumstances, microvm::MakeError, telemetry};
+use crate::{backend::Circumstances, fail, microvm::MakeError, telemetry};
 
 /// A snapshot in the making.
 #[derive(Debug)]
@@ -55,13 +55,14 @@ impl Capture {
         let state = draft.state().map(ToOwned::to_owned);
         // Another process writes the devices' state meanwhile: none of it is in the guest's memory.
         let devices = async {
-            match &state {
-                Some(state) => telemetry::step("capture_devices", machine.save(state)).await,
-                None => Ok(()),
+            if let Some(state) = &state {
+                telemetry::step("capture_devices", machine.save(state)).await?;
             }
+            Ok::<_, MakeError>(fail::pass(fail::SNAPSHOT_DEVICES, home.vm())?)
         };
-        let taking = on_disk(&home, move |_| {
+        let taking = on_disk(&home, move |home| {
             draft.take(memory.as_ref(), layer.as_deref())?;
+            fail::pass(fail::SNAPSHOT_PAGES, home.vm())?;
             Ok((draft, memory, layer, writing))
         });
         let (saved, taken) = tokio::join!(devices, telemetry::step("capture_pages", taking));

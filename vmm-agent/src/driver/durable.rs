@@ -4,6 +4,8 @@ use std::{fs::Permissions, io, os::unix::fs::PermissionsExt as _, path::Path};
 
 use fs_err::{self as fs, File, OpenOptions, os::unix::fs::OpenOptionsExt as _};
 
+use crate::fail;
+
 /// Writes the file `path` by `fill` under another name, and renames it when it is on disk.
 ///
 /// # Errors
@@ -50,7 +52,11 @@ pub fn remove_whole(path: &Path) -> io::Result<()> {
     remove(&gone)?;
     match fs::rename(path, &gone) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        renamed => renamed.and_then(|()| remove(&gone)),
+        renamed => {
+            renamed?;
+            fail::pass(fail::DELETE_HIDDEN, "")?;
+            remove(&gone)
+        }
     }
 }
 

@@ -61,6 +61,11 @@ impl Home {
         &self.dir
     }
 
+    /// What the VM is called.
+    pub fn vm(&self) -> &str {
+        self.dir.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    }
+
     /// The user, and the group of that number, that the VM's processes run as.
     pub fn uid(&self) -> u32 {
         self.uid

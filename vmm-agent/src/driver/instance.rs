@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     backend::{Captured, Circumstances, Condition, Guest, Instance, Scion, Wanted},
+    fail,
     microvm::{Kind, MakeError},
     telemetry,
 };
@@ -74,6 +75,7 @@ impl Vm {
             let Some(manifest) = place.read()? else { return Ok(None) };
             place.verify_layer(&manifest, &known.verified)?;
             put(home, &place.layer())?;
+            fail::pass(fail::CREATE_LAYER, home.vm())?;
             Ok(Some(manifest))
         };
         let taken = telemetry::step("layer", running::unless_damaged(&self.home, work)).await?;
@@ -142,6 +144,7 @@ impl Instance for Vm {
         let writing = self.stored.write().await;
         let place = self.stored.place();
         let capture = Capture::begin(place, &self.home, Some(memory), false, writing).await?;
+        fail::pass(fail::HIBERNATE_DRAFTED, self.home.vm())?;
         let capture = capture.take(running.machine.as_ref()).await?;
         let circumstances = Circumstances {
             taken_at: SystemTime::now(),
@@ -165,12 +168,15 @@ impl Instance for Vm {
         };
         let place = parts.places.snapshot(&what.snapshot_id);
         let capture = Capture::begin(place, &self.home, memory, true, writing).await?;
+        fail::pass(fail::CAPTURE_DRAFTED, self.home.vm())?;
         let begun = Instant::now();
         running.machine.pause().await?;
+        fail::pass(fail::CAPTURE_PAUSED, self.home.vm())?;
         let taken = capture.take(running.machine.as_ref()).await;
         // Whatever became of it.
         running.machine.resume().await?;
         let pause = begun.elapsed();
+        fail::pass(fail::CAPTURE_RESUMED, self.home.vm())?;
         self.capture = Some((what.snapshot_id.clone(), taken?));
         Ok(pause)
     }
@@ -238,6 +244,7 @@ impl Instance for Vm {
             .await
             .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
         self.running = None;
+        fail::pass(fail::HIBERNATE_RELEASED, self.home.vm())?;
         // A capture of it that was given up ends.
         let _nobody_writes = self.stored.write().await;
         running::on_disk(&self.home, Home::remove_sockets).await

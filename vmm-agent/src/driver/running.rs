@@ -18,6 +18,7 @@ use super::{
     vmm::{Graft, Launch, Machine, Memory, Start, VmmError},
 };
 use crate::{
+    fail,
     microvm::{Kind, MakeError},
     telemetry,
 };
@@ -127,13 +128,16 @@ impl Running {
         let (manifest, state) = telemetry::step("verify", unless_damaged(home, ready)).await?;
         let memory = Memory::CopyOf(home.base());
         let running = Self::launch(parts, home, cgroup, (bootable, kind), memory, Start::Paused).await?;
+        fail::pass(fail::START_LAUNCHED, home.vm())?;
         let memory = running.memory(kind.memory_mb).await?;
         // Before the devices: they look at what the guest has left them there.
         let from = place.clone();
         let pages = unless_damaged(home, move |_| from.load_pages(&manifest, &memory));
         running.unless_it_ends(telemetry::step("pages", pages)).await??;
+        fail::pass(fail::START_PAGED, home.vm())?;
         match running.unless_it_ends(telemetry::step("load", running.machine.load(&state))).await? {
             Ok(()) => {
+                fail::pass(fail::START_LOADED, home.vm())?;
                 on_disk(home, Home::forget_state).await?;
                 Ok(running)
             }

@@ -14,7 +14,7 @@ use super::{
     parts::Places,
     snapshot::{Manifest, Place},
 };
-use crate::backend::Captured;
+use crate::{backend::Captured, fail};
 
 /// Bytes of an ID at most.
 const MAX_ID: usize = 64;
@@ -94,7 +94,10 @@ impl Shelf {
     /// If it resists.
     pub fn remove(&self, id: &str) -> io::Result<()> {
         self.whole.lock().remove(id);
-        self.places.snapshot(id).remove()
+        fail::pass(fail::DELETE_UNLISTED, "")?;
+        self.places.snapshot(id).remove()?;
+        fail::reached(fail::DELETE_REMOVED, "");
+        Ok(())
     }
 }
 

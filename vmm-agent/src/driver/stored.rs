@@ -9,7 +9,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::{home::Home, running::on_disk, snapshot::Place};
-use crate::microvm::MakeError;
+use crate::{fail, microvm::MakeError};
 
 /// Held by whoever writes a snapshot of a VM.
 pub type Writing = OwnedMutexGuard<()>;
@@ -44,6 +44,7 @@ impl Stored {
             let writing = this.write().await;
             let remove = move |home: &Home| {
                 let removed = Place::stored(home).remove();
+                fail::reached(fail::WAKE_FORGOTTEN, home.vm());
                 drop(writing);
                 removed
             };

@@ -35,6 +35,7 @@ use super::{
 };
 use crate::{
     backend::Scion,
+    fail,
     journal::{Owner, Stage, StartPath},
     microvm::{MakeError, MicroVm},
     telemetry,
@@ -85,7 +86,11 @@ pub async fn hibernate(
             false
         }
     };
-    let halting = telemetry::step("halt", microvm.instance().halt());
+    let halting = async {
+        fail::pass(fail::HIBERNATE_QUIESCED, microvm.id())?;
+        telemetry::step("halt", microvm.instance().halt()).await?;
+        Ok(fail::pass(fail::HIBERNATE_HALTED, microvm.id())?)
+    };
     let asleep = match timeout(HALT_DEADLINE, halting).await.unwrap_or(Err(MakeError::Late)) {
         Ok(()) if tier == Tier::Paused && is_quiet => {
             let paused = Paused { since: SystemTime::now(), stored_bytes: 0, is_gone: false };
@@ -94,7 +99,9 @@ pub async fn hibernate(
         Ok(()) => match capture(microvm, is_quiet).await {
             Ok(stored_bytes) => {
                 let stage = Stage::Hibernated { owner: owner.clone(), path, stored_bytes };
-                microvm.enter_for_good(stage).await.map(|()| Asleep::Stored(stored_bytes))
+                let entered = microvm.enter_for_good(stage).await;
+                fail::reached(fail::HIBERNATE_JOURNALLED, microvm.id());
+                entered.map(|()| Asleep::Stored(stored_bytes))
             }
             Err(error) => Err(error),
         },
@@ -119,7 +126,9 @@ pub async fn hibernate(
 /// [`MakeError`] of the disk or the VMM.
 pub async fn capture(microvm: &mut MicroVm, is_quiet: bool) -> Result<u64, MakeError> {
     let writing = telemetry::step("store", microvm.instance().store(is_quiet));
-    timeout(STORE_DEADLINE, writing).await.unwrap_or(Err(MakeError::Late))
+    let stored_bytes = timeout(STORE_DEADLINE, writing).await.unwrap_or(Err(MakeError::Late))?;
+    fail::pass(fail::HIBERNATE_STORED, microvm.id())?;
+    Ok(stored_bytes)
 }
 
 /// Writes down for good what is known of a VM of the first tier.
@@ -136,7 +145,9 @@ pub async fn note_paused(
     microvm: &MicroVm,
 ) -> Result<(), MakeError> {
     let Paused { since, stored_bytes, .. } = paused;
-    microvm.enter_for_good(Stage::Paused { owner: owner.clone(), path, since, stored_bytes }).await
+    microvm.enter_for_good(Stage::Paused { owner: owner.clone(), path, since, stored_bytes }).await?;
+    fail::reached(fail::HIBERNATE_PAUSED, microvm.id());
+    Ok(())
 }
 
 /// Makes a VM of the first tier one of the second.
@@ -154,6 +165,7 @@ pub async fn leave_first_tier(
 ) -> Result<(), MakeError> {
     let stage = Stage::Hibernated { owner: owner.clone(), path, stored_bytes: paused.stored_bytes };
     microvm.enter_for_good(stage).await?;
+    fail::reached(fail::HIBERNATE_JOURNALLED, microvm.id());
     release(microvm).await;
     Ok(())
 }
@@ -197,6 +209,7 @@ pub async fn wake(
         Left::Paused(_) => {
             let stage = Stage::Running { owner: owner.clone(), path: StartPath::Paused };
             microvm.enter_for_good(stage).await.map_err(|error| StartError::Failed(error.to_string()))?;
+            fail::reached(fail::WAKE_JOURNALLED, microvm.id());
             // It may have written to its disk since, unless it answers: its memory is of another one.
             let gone_on = go_on(microvm).await.map_err(|error| NotWoken::BootIt(error.to_string()));
             gone_on.map(|()| StartPath::Paused)
@@ -263,6 +276,7 @@ async fn wake_stored(owner: &Owner, order: &Order, microvm: &mut MicroVm) -> Res
     match restored {
         // As above.
         Ok(()) => {
+            fail::reached(fail::WAKE_JOURNALLED, microvm.id());
             let gone_on = go_on(microvm).await.map_err(|error| NotWoken::BootIt(error.to_string()));
             gone_on.map(|()| StartPath::Memory)
         }
@@ -309,7 +323,10 @@ async fn restore(order: &Order, microvm: &mut MicroVm) -> Result<(), MakeError> 
 async fn go_on(microvm: &mut MicroVm) -> Result<(), MakeError> {
     let answered = async {
         microvm.resume().await?;
-        microvm.wake_guest().await
+        fail::pass(fail::WAKE_RESUMED, microvm.id())?;
+        microvm.wake_guest().await?;
+        fail::reached(fail::WAKE_ANSWERED, microvm.id());
+        Ok(())
     };
     timeout(ANSWER_DEADLINE, answered).await.unwrap_or(Err(MakeError::Late))
 }

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use crate::{
     backend::Scion,
     capacity::Full,
+    fail,
     journal::{Owner, Stage, StartPath},
     microvm::{Identity, Kind, MakeError, MicroVm},
     pool::{Pool, PutOff},
@@ -283,6 +284,7 @@ impl Starter {
             let graft = async {
                 microvm.enter(Stage::Claimed(owner.clone()))?;
                 microvm.instance().graft(Scion::Snapshot(&source.snapshot_id), &order.kind).await?;
+                fail::pass(fail::CREATE_GRAFTED, microvm.id())?;
                 microvm.resume().await?;
                 self.hand_over(owner, order, microvm, path).await
             };
@@ -331,8 +333,12 @@ impl Starter {
         microvm: &MicroVm,
         path: StartPath,
     ) -> Result<(), MakeError> {
+        fail::pass(fail::CREATE_RESUMED, microvm.id())?;
         microvm.activate(order.identity(owner)).await?;
-        microvm.enter(Stage::Running { owner: owner.clone(), path })
+        fail::pass(fail::CREATE_ACTIVATED, microvm.id())?;
+        microvm.enter(Stage::Running { owner: owner.clone(), path })?;
+        fail::reached(fail::CREATE_JOURNALLED, microvm.id());
+        Ok(())
     }
 
     /// Whether an attempt worked. If not, removes what it made and notes why; an error that no other attempt

@@ -18,6 +18,7 @@ use tracing::{Instrument as _, info, warn};
 
 use crate::{
     backend::{Captured, Guest, Wanted},
+    fail,
     identity::Epoch,
     journal::{Owner, Stage, StartPath},
     microvm::{MakeError, MicroVm},
@@ -212,6 +213,7 @@ impl Task {
                 // What it is put back from is left as it is until the journal says that this one runs.
                 let started = surroundings.starter.create(&owner, &order, microvm).await?;
                 replace(predecessor).await;
+                fail::reached(fail::CREATE_REPLACED, microvm.as_ref().map_or("", MicroVm::id));
                 Ok(started)
             });
             loop {

@@ -22,6 +22,7 @@ use crate::{
         layer,
         pages::{GuestMemory, Pages, Run, sha256_of},
     },
+    fail,
 };
 
 /// Changed memory above which a snapshot gets an image of its own, bytes. Below, copying the pages into each VM that is
@@ -165,14 +166,21 @@ impl Draft {
         };
         let manifest = Manifest { format: FORMAT, origin: Origin::read(home)?, circumstances, memory, layer };
         let text = serde_json::to_vec(&manifest)?;
+        fail::pass(fail::SNAPSHOT_FILLED, home.vm())?;
         let path = self.dir.0.join(MANIFEST);
         match is_kept {
             true => durable::write(&path, 0o600, |file| io::Write::write_all(file, &text))?,
             false => fs::write(&path, &text)?,
         }
-        match is_kept {
-            true => durable::rename(&self.dir.0, &self.place)?,
-            false => fs::rename(&self.dir.0, &self.place)?,
+        fail::pass(fail::SNAPSHOT_MANIFEST, home.vm())?;
+        let named = match is_kept {
+            true => durable::rename(&self.dir.0, &self.place),
+            false => fs::rename(&self.dir.0, &self.place),
+        };
+        if let Err(error) = named.and_then(|()| Ok(fail::pass(fail::SNAPSHOT_RENAMED, home.vm())?)) {
+            // It may have its name: whoever is told that there is none must not find it later.
+            durable::remove_whole(&self.place)?;
+            return Err(error);
         }
         Ok(manifest)
     }
