@@ -34,8 +34,8 @@ impl Capture {
         with_layer: bool,
     ) -> Result<Self, MakeError> {
         let layer = with_layer.then(|| home.layer());
-        let of = memory.clone();
-        let begun = on_disk(home, move |home| Draft::begin(&place, home, of.as_ref()));
+        let (of, from) = (memory.clone(), layer.clone());
+        let begun = on_disk(home, move |home| Draft::begin(&place, home, of.as_ref(), from.as_deref()));
         let draft = telemetry::step("capture_begin", begun).await?;
         Ok(Self { home: home.clone(), draft, memory, layer })
     }

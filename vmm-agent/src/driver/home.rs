@@ -74,6 +74,16 @@ impl Home {
         self.dir.join("base.img")
     }
 
+    /// What the capture before has left of the memory, if there was one ([`super::previous`]).
+    pub fn previous(&self) -> PathBuf {
+        self.dir.join("previous")
+    }
+
+    /// What the capture before has left of the disk.
+    pub fn previous_disk(&self) -> PathBuf {
+        self.dir.join("previous-disk")
+    }
+
     /// Makes the directory.
     ///
     /// # Errors
@@ -132,6 +142,15 @@ impl Home {
     pub fn forget_base(&self) -> io::Result<()> {
         durable::remove(&self.base())?;
         durable::remove(&digests_of(&self.base()))
+    }
+
+    /// Forgets what was captured of a process that is gone, or is about to be replaced.
+    ///
+    /// # Errors
+    ///
+    /// If it resists.
+    pub fn forget_previous(&self) -> io::Result<()> {
+        durable::remove_whole(&self.previous())
     }
 
     /// Makes an empty file that the VMM may write its devices' state to.

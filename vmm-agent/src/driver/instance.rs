@@ -181,7 +181,11 @@ impl Instance for Vm {
             .await
             .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
         self.running = None;
-        running::on_disk(&self.home, Home::remove_sockets).await
+        running::on_disk(&self.home, |home| {
+            home.forget_previous()?;
+            home.remove_sockets()
+        })
+        .await
     }
 
     async fn restore_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {

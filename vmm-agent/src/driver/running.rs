@@ -177,7 +177,11 @@ impl Running {
         start: Start,
     ) -> Result<Self, MakeError> {
         let origin = parts.origin(bootable, kind);
-        on_disk(home, move |home| origin.write(home)).await?;
+        let ready = move |home: &Home| {
+            home.forget_previous()?;
+            origin.write(home)
+        };
+        on_disk(home, ready).await?;
         parts.create_group(cgroup, kind)?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;
         let launch = Launch {
