@@ -22,6 +22,8 @@ const CLONE_BUDGET_MB: u64 = 256;
 const WAITING_CLONE_MB: u64 = 64;
 /// The pool is no larger than this unless told.
 const DEFAULT_POOL: u64 = 24;
+/// Room for a golden snapshot and a sandbox or two, MiB.
+const LEAST_IMAGE_MB: u32 = 1024;
 /// What most sandboxes are: the size a create gets that names none.
 const DEFAULT_KIND: (&str, u32, u32) = ("base", 1, 1024);
 
@@ -41,6 +43,10 @@ pub struct Args {
     /// Where everything that the agent makes lies.
     #[arg(long, env = "OC_DATA_DIR")]
     pub data_dir: PathBuf,
+    /// Size of an XFS of its own, in a file beside it, that the data directory is put on, MiB: copies of disks and memory share
+    /// their blocks there. Without, it lies on the host's filesystem.
+    #[arg(long, env = "OC_DATA_IMAGE_MB")]
+    pub data_image_mb: Option<u32>,
     /// Where the templates lie.
     #[arg(long, env = "OC_IMAGE_DIR", default_value = "/var/cache/opencomputer/images")]
     pub image_dir: PathBuf,
@@ -129,6 +135,8 @@ pub struct Config {
     pub host_id: String,
     /// Where everything that the agent makes lies.
     pub data_dir: PathBuf,
+    /// Size of the filesystem that it is put on, MiB, if it gets one of its own.
+    pub data_image_mb: Option<u32>,
     /// Where the templates lie.
     pub image_dir: PathBuf,
     /// The guest's PID 1.
@@ -188,6 +196,9 @@ impl Config {
         if args.memory_reserve_mb >= total_mb {
             return Err(invalid("--memory-reserve-mb", format!("this host has {total_mb} MiB in all")));
         }
+        if args.data_image_mb.is_some_and(|size| size < LEAST_IMAGE_MB) {
+            return Err(invalid("--data-image-mb", format!("want {LEAST_IMAGE_MB} at least")));
+        }
         let limits = Limits {
             max_sandboxes: match args.max_sandboxes {
                 Some(max) => max as usize,
@@ -226,6 +237,7 @@ impl Config {
             listen: args.listen.ok_or_else(|| invalid("--listen", "is needed"))?,
             host_id,
             data_dir,
+            data_image_mb: args.data_image_mb,
             image_dir: absolute("--image-dir", &args.image_dir)?,
             guest_binary,
             pool,
@@ -314,6 +326,8 @@ mod tests {
         let mut bad = args(&[]);
         bad.host_id = "../x".into();
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--host-id", .. })));
+        let bad = args(&["--data-image-mb", "300"]);
+        assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--data-image-mb", .. })));
         let bad = args(&["--memory-reserve-mb", "99999999999"]);
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--memory-reserve-mb", .. })));
     }

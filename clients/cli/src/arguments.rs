@@ -327,6 +327,9 @@ pub struct UpArguments {
     /// Sandboxes this machine takes at most
     #[arg(long, value_name = "N")]
     pub max_sandboxes: Option<u32>,
+    /// Keep sandboxes on an XFS of its own with N MiB, in a file: disks and memory are shared there, not copied
+    #[arg(long, value_name = "N")]
+    pub data_image_mb: Option<u32>,
     /// Boot every sandbox: no golden snapshots, no clones, no pool
     #[arg(long)]
     pub no_snapshots: bool,

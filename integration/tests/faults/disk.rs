@@ -11,12 +11,12 @@ const SIZE_MIB: u64 = 2048;
 const RESERVE_MIB: &str = "300";
 
 /// A filesystem of its own in a file; unmounted when dropped.
-struct Disk {
+pub struct Disk {
     directory: TempDir,
 }
 
 impl Disk {
-    fn mount() -> anyhow::Result<Self> {
+    pub fn mount() -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("oc-disk-")
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o711))
@@ -38,12 +38,12 @@ impl Disk {
         Ok(disk)
     }
 
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.directory.path().join("mnt")
     }
 
     /// Takes all but `mib` of what anybody but root may write.
-    fn leave(&self, mib: u64) -> anyhow::Result<()> {
+    pub fn leave(&self, mib: u64) -> anyhow::Result<()> {
         let ballast = self.path().join("ballast");
         let _ = fs::remove_file(&ballast);
         let stat = nix::sys::statvfs::statvfs(&self.path())?;

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
 mod branches;
+mod chains;
 mod chaos;
 mod disk;
 mod etcd;
@@ -24,6 +25,8 @@ fn main() -> ExitCode {
             a_sandbox_sleeps_or_runs_whoever_dies;
         branches:
             a_sandbox_is_as_before_or_as_after_whoever_dies;
+        chains:
+            a_chain_of_checkpoints_misses_nothing_whatever_fails;
         chaos:
             a_hundred_creates_among_kills_leave_only_what_works;
         disk:

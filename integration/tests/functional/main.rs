@@ -1,6 +1,7 @@
 //! What one mesh does for its users, by every way in, on real microVMs.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
+mod chains;
 mod checkpoints;
 mod clients;
 mod clones;
@@ -60,6 +61,9 @@ fn main() -> ExitCode {
             a_damaged_checkpoint_is_told_and_never_served,
             a_checkpoint_that_is_deleted_disturbs_no_fork,
             writers_lose_nothing_however_their_sandbox_branches;
+        chains:
+            each_checkpoint_of_a_chain_is_its_own_moment,
+            sandboxes_live_on_a_filesystem_of_their_own;
         refusals:
             bad_creates_are_refused,
             bad_commands_are_refused,

@@ -52,6 +52,7 @@ pub struct Plan {
     image_dir: PathBuf,
     guest_binary: PathBuf,
     max_sandboxes: Option<u32>,
+    data_image_mb: Option<u32>,
     no_snapshots: bool,
     public_url: Option<String>,
     accelerator: String,
@@ -110,6 +111,7 @@ impl Plan {
             store,
             image_dir,
             max_sandboxes: arguments.max_sandboxes,
+            data_image_mb: arguments.data_image_mb,
             no_snapshots: arguments.no_snapshots,
             public_url: arguments.public_url.clone(),
             accelerator: arguments
@@ -152,6 +154,7 @@ impl Plan {
         agent.option("--accelerator", &self.accelerator);
         agent.number("--pool-size", self.pool_size);
         agent.number("--max-sandboxes", self.max_sandboxes);
+        agent.number("--data-image-mb", self.data_image_mb);
         if self.no_snapshots {
             agent.words.push("--no-snapshots".into());
         }
