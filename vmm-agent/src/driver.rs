@@ -27,6 +27,8 @@ pub mod home;
 pub mod initramfs;
 pub mod instance;
 pub mod layer;
+#[cfg(test)]
+mod mapped;
 pub mod pagemap_scan;
 pub mod pages;
 pub mod parts;

@@ -13,6 +13,9 @@ use tokio::time::sleep;
 
 use crate::{disk::Disk, killed::crash};
 
+/// Room for an image of each checkpoint, which share no blocks.
+const SIZE_MIB: u64 = 6144;
+
 async fn checkpoint(rest: &Rest, sandbox: &Sandbox, name: &str) -> anyhow::Result<Value> {
     Ok(rest.post(&sandbox.path("/checkpoints"), json!({ "name": name })).await?.expect(201)?.json())
 }
@@ -34,7 +37,7 @@ async fn replace_agent(mesh: &Mesh, sandbox: &Sandbox) -> anyhow::Result<()> {
 }
 
 pub async fn a_chain_of_checkpoints_misses_nothing_whatever_fails(_: Arc<()>) -> anyhow::Result<()> {
-    let disk = Disk::mount()?;
+    let disk = Disk::mount(SIZE_MIB)?;
     let mesh = Mesh::start_in(
         Some(&disk.path().join("state")),
         &["--pool-size", "0"],
@@ -84,7 +87,11 @@ pub async fn a_chain_of_checkpoints_misses_nothing_whatever_fails(_: Arc<()>) ->
     }
     for (taken, state) in &chain {
         rest.post(&path(taken, "/verify"), json!({})).await?.expect(200)?;
-        let made = rest.post(&path(taken, "/fork"), json!({ "mode": "live" })).await?.expect(201)?.json();
+        let made = eventually("the host says that it has room", async || {
+            rest.post(&path(taken, "/fork"), json!({ "mode": "live" })).await?.expect(201)
+        })
+        .await?
+        .json();
         let fork = rest.sandbox(made["sandboxes"][0]["sandboxID"].as_str().unwrap_or_default());
         ensure!(digest(&fork).await? == *state, "{} is not what was taken", taken["name"]);
         fork.delete().await?;

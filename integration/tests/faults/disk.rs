@@ -16,13 +16,13 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub fn mount() -> anyhow::Result<Self> {
+    pub fn mount(size_mib: u64) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("oc-disk-")
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o711))
             .tempdir()?;
         let image = directory.path().join("image");
-        fs::File::create(&image)?.set_len(SIZE_MIB << 20)?;
+        fs::File::create(&image)?.set_len(size_mib << 20)?;
         let command = |program: &str, arguments: &[&str]| {
             let mut command = Command::new(program);
             command.args(arguments);
@@ -62,7 +62,7 @@ impl Drop for Disk {
 }
 
 pub async fn a_full_host_takes_no_more_and_loses_nothing(_: Arc<()>) -> anyhow::Result<()> {
-    let disk = Disk::mount()?;
+    let disk = Disk::mount(SIZE_MIB)?;
     let mesh = Mesh::start_in(
         Some(&disk.path().join("state")),
         &["--pool-size", "0"],
@@ -111,7 +111,7 @@ pub async fn a_full_host_takes_no_more_and_loses_nothing(_: Arc<()>) -> anyhow::
 }
 
 pub async fn a_disk_that_fills_up_amid_a_capture_leaves_nothing_of_it(_: Arc<()>) -> anyhow::Result<()> {
-    let disk = Disk::mount()?;
+    let disk = Disk::mount(SIZE_MIB)?;
     let mesh = Mesh::start_in(
         Some(&disk.path().join("state")),
         &["--pool-size", "0"],

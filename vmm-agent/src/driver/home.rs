@@ -108,14 +108,15 @@ impl Home {
         fs::set_permissions(&self.dir, Permissions::from_mode(0o710))
     }
 
-    /// Puts a copy of the layer `from` into the home.
+    /// Puts a copy of the layer `from` into the home; whether it shares its blocks with it.
     ///
     /// # Errors
     ///
     /// If there is one already, or the disk is full.
-    pub fn add_layer(&self, from: &Path) -> io::Result<()> {
-        let layer = layer::copy(from, &self.layer())?;
-        self.give(&layer)
+    pub fn add_layer(&self, from: &Path) -> io::Result<bool> {
+        let (layer, is_shared) = layer::copy_or_share(from, &self.layer())?;
+        self.give(&layer)?;
+        Ok(is_shared)
     }
 
     /// Makes the image `from` the one that the VM maps, and keeps it for as long as the home is there, whatever becomes of

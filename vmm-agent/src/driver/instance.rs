@@ -7,6 +7,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use tower::util::BoxCloneSyncService;
+use tracing::debug;
 
 use super::{
     capture::Capture,
@@ -15,6 +16,7 @@ use super::{
     golden::Goldens,
     home::Home,
     parts::{Bootable, Parts},
+    previous,
     running::{self, CloneError, Running},
     snapshot::{Manifest, Origin, Place},
     vmm::Memory,
@@ -63,7 +65,12 @@ impl Vm {
         let work = move |home: &Home| {
             let Some(manifest) = place.read()? else { return Ok(None) };
             place.verify_layer(&manifest, &known.verified)?;
-            home.add_layer(&place.layer())?;
+            // What it goes on to share need not be read for its first capture.
+            if home.add_layer(&place.layer())?
+                && let Err(error) = previous::keep_disk(home, &place.layer())
+            {
+                debug!(%error, "the first capture reads all of the disk");
+            }
             Ok(Some(manifest))
         };
         let taken = telemetry::step("layer", running::unless_damaged(&self.home, work)).await?;

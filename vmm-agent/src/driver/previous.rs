@@ -248,13 +248,16 @@ pub fn disk(home: &Home) -> Option<(File, Digests)> {
     Some((File::open(&layer).ok()?, digests))
 }
 
-/// Keeps the disk `layer`, which lies beside its digests and is not written to any more, for the next capture of the VM in
-/// `home`.
+/// Keeps the disk `layer`, which is not written to any more, for the next capture of the VM in `home`; one that has no digests
+/// beside it is of no use.
 ///
 /// # Errors
 ///
 /// If it cannot be linked; then none is kept.
 pub fn keep_disk(home: &Home, layer: &Path) -> io::Result<()> {
+    if !digests_of(layer).try_exists()? {
+        return Ok(());
+    }
     let (dir, next) = (home.previous_disk(), durable::draft_of(&home.previous_disk()));
     durable::remove(&next)?;
     durable::remove_whole(&dir)?;

@@ -243,7 +243,7 @@ pub enum CloneError {
 ///
 /// [`MakeError::Backend`] if the disk does not take it.
 pub async fn add_layer(home: &Home, layer: std::path::PathBuf) -> Result<(), MakeError> {
-    telemetry::step("layer", on_disk(home, move |home| home.add_layer(&layer))).await
+    telemetry::step("layer", on_disk(home, move |home| home.add_layer(&layer))).await.map(drop)
 }
 
 /// Reads a snapshot, on a thread of its own.

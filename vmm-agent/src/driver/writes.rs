@@ -48,22 +48,19 @@ impl GuestMemory {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{BufRead as _, BufReader, Write as _},
-        process::{Child, Command, Stdio},
-    };
+    use std::io::Write as _;
 
     use super::*;
-    use crate::driver::process::Process;
+    use crate::driver::mapped::Mapped;
 
     #[tokio::test]
     async fn what_is_written_after_a_look_is_found_by_the_next_one() {
-        // Another process, as a VMM is, with a userfaultfd that it made itself and a private mapping of a file.
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().write_all(&vec![7; 64 * 4096]).unwrap();
-        let mut other = Other::start(image.path());
-        let memory = other.memory();
-        other.write(&[3, 5, 6]);
+        let mut other = Mapped::start(image.path());
+        let memory = other.memory.clone();
+        other.write(3, 1, 9);
+        other.write(5, 2, 9);
         assert!(memory.look(Wanted::Own).is_err(), "nobody remembers yet");
         memory.remember_writes().unwrap();
         memory.remember_writes().unwrap();
@@ -72,76 +69,14 @@ mod tests {
         assert_eq!(memory.take_account(Wanted::Own).unwrap(), [Run(3, 1), Run(5, 2)]);
         assert_eq!(memory.look(Wanted::Written).unwrap(), []);
         // One that was written before, one that was not, and one that the kernel writes for it.
-        other.write(&[5, 40]);
-        other.read_into(6);
+        other.write(5, 1, 8);
+        other.write(40, 1, 8);
+        other.read_zeros_into(6);
         assert_eq!(memory.look(Wanted::Written).unwrap(), [Run(5, 2), Run(40, 1)]);
         assert_eq!(memory.take_account(Wanted::Written).unwrap(), [Run(5, 2), Run(40, 1)]);
         assert_eq!(memory.take_account(Wanted::Written).unwrap(), []);
         assert_eq!(memory.look(Wanted::Own).unwrap(), [Run(3, 1), Run(5, 2), Run(40, 1)]);
-        other.child.kill().unwrap();
-        other.child.wait().unwrap();
+        drop(other);
         assert!(memory.look(Wanted::Own).is_err());
-    }
-
-    /// Python: with the address of a mapping on its first line, it does what it is told.
-    const OTHER: &str = "
-import ctypes, mmap, os, sys
-libc = ctypes.CDLL(None)
-libc.syscall(323, 1 | os.O_CLOEXEC | os.O_NONBLOCK)  # userfaultfd(2)
-file = os.open(sys.argv[1], os.O_RDONLY)
-memory = mmap.mmap(file, 64 * 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
-zeros = open('/dev/zero', 'rb', buffering=0)
-for line in sys.stdin:
-    what, page = line.split()
-    at = int(page) * 4096
-    if what == 'write': memory[at] = 9
-    else: zeros.readinto(memoryview(memory)[at:at + 4096])
-    print('done', flush=True)
-";
-
-    struct Other {
-        child: Child,
-        output: BufReader<std::process::ChildStdout>,
-        address: u64,
-    }
-
-    impl Other {
-        fn start(image: &std::path::Path) -> Self {
-            let mut child = Command::new("python3")
-                .args(["-c", OTHER])
-                .arg(image)
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .spawn()
-                .unwrap();
-            let mut output = BufReader::new(child.stdout.take().unwrap());
-            let mut line = String::new();
-            output.read_line(&mut line).unwrap();
-            Self { child, output, address: line.trim().parse().unwrap() }
-        }
-
-        fn memory(&self) -> GuestMemory {
-            let process = Process::open(i32::try_from(self.child.id()).unwrap()).unwrap();
-            GuestMemory { process, address: self.address, bytes: 64 * 4096 }
-        }
-
-        fn write(&mut self, pages: &[u32]) {
-            for page in pages {
-                self.tell(&format!("write {page}"));
-            }
-        }
-
-        fn read_into(&mut self, page: u32) {
-            self.tell(&format!("read {page}"));
-        }
-
-        fn tell(&mut self, what: &str) {
-            let mut input = self.child.stdin.as_ref().unwrap();
-            writeln!(input, "{what}").unwrap();
-            let mut line = String::new();
-            self.output.read_line(&mut line).unwrap();
-            assert_eq!(line, "done\n");
-        }
     }
 }

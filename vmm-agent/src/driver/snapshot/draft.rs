@@ -118,3 +118,6 @@ impl Draft {
         Ok(manifest)
     }
 }
+
+#[cfg(test)]
+mod tests;
