@@ -43,7 +43,7 @@ pub enum CleanupError {
 pub async fn clean_up(backend: Arc<dyn Backend>, data_dir: &Path) -> Result<(), CleanupError> {
     if !data_dir.try_exists()? {
         backend.clean_up().await?;
-        return Ok(data_image::remove(data_dir)?);
+        return Ok(data_image::remove(data_dir).await?);
     }
     let lock = Lock::take(data_dir)?;
     let workshop = Workshop::open(backend.clone(), data_dir, journal::boot_id()?)?;
@@ -60,7 +60,7 @@ pub async fn clean_up(backend: Arc<dyn Backend>, data_dir: &Path) -> Result<(), 
     // Last: whoever finds no lock file finds nothing else either.
     remove(fs::remove_file(data_dir.join(Lock::file_name())))?;
     drop(lock);
-    data_image::remove(data_dir)?;
+    data_image::remove(data_dir).await?;
     // The directory itself goes if nobody else keeps anything in it.
     if let Err(error) = fs::remove_dir(data_dir)
         && error.kind() != io::ErrorKind::DirectoryNotEmpty

@@ -19,8 +19,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    thread::sleep,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use fs_err as fs;
@@ -29,6 +28,7 @@ use nix::{
     fcntl::{FallocateFlags, Flock, FlockArg, fallocate},
     mount::{MntFlags, umount2},
 };
+use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::driver::durable;
@@ -148,7 +148,7 @@ pub fn refuse_unmounted(data_dir: &Path) -> Result<(), ImageError> {
 /// # Errors
 ///
 /// [`ImageError`]: then it may be tried again.
-pub fn remove(data_dir: &Path) -> Result<(), ImageError> {
+pub async fn remove(data_dir: &Path) -> Result<(), ImageError> {
     let image = path_for(data_dir);
     durable::remove(&durable::draft_of(&image))?;
     if !image.try_exists()? {
@@ -158,7 +158,7 @@ pub fn remove(data_dir: &Path) -> Result<(), ImageError> {
     while is_mounted(data_dir)? {
         match umount2(data_dir, MntFlags::empty()) {
             Ok(()) => {}
-            Err(Errno::EBUSY) if Instant::now() < deadline => sleep(LOOKS_EVERY),
+            Err(Errno::EBUSY) if Instant::now() < deadline => sleep(LOOKS_EVERY).await,
             Err(errno) => return Err(ImageError::Busy { path: data_dir.to_owned(), errno }),
         }
     }
@@ -241,8 +241,8 @@ mod tests {
     /// XFS has no less.
     const SIZE_MB: u32 = 320;
 
-    #[test]
-    fn a_data_directory_is_on_an_image_until_it_is_removed() {
+    #[tokio::test]
+    async fn a_data_directory_is_on_an_image_until_it_is_removed() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let data_dir = dir.path().join("data");
         mount(&data_dir, SIZE_MB).unwrap();
@@ -261,9 +261,9 @@ mod tests {
         // What is held open keeps it mounted for a moment.
         let open = File::open(data_dir.join("kept")).unwrap();
         let closing = std::thread::spawn(move || drop(open));
-        remove(&data_dir).unwrap();
+        remove(&data_dir).await.unwrap();
         closing.join().unwrap();
-        remove(&data_dir).unwrap();
+        remove(&data_dir).await.unwrap();
         assert_eq!(fs::read_dir(&data_dir).unwrap().count(), 0);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing beside it is left");
         assert!(attached(&path_for(&data_dir)).unwrap().is_empty());
@@ -282,8 +282,8 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
-    #[test]
-    fn a_copy_on_it_shares_blocks_and_digests_of_what_it_shares_are_taken_over() {
+    #[tokio::test]
+    async fn a_copy_on_it_shares_blocks_and_digests_of_what_it_shares_are_taken_over() {
         const BLOCK: usize = 64 << 10;
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let data_dir = dir.path().join("data");
@@ -311,6 +311,6 @@ mod tests {
         let refusal = believed.verify(&after).unwrap_err().to_string();
         assert!(refusal.contains("at byte 0"), "{refusal}");
         drop((file, before, after));
-        remove(&data_dir).unwrap();
+        remove(&data_dir).await.unwrap();
     }
 }

@@ -16,6 +16,7 @@ use crate::driver::{
     held::Held,
     home::{Home, SNAPSHOT_GID},
     layer,
+    pagemap_scan::Wanted,
     pages::{GuestMemory, Pages, Run, sha256_of},
     previous::{Changed, Foundation},
     runs,
@@ -55,15 +56,15 @@ impl MemoryDraft {
     ///
     /// If the disk does not take it.
     pub fn begin(dir: &Path, home: &Home, memory: &GuestMemory) -> io::Result<Self> {
-        let remembered = memory.remember_writes();
-        if let Err(error) = &remembered {
+        let written = memory.remember_writes().and_then(|()| memory.look(Wanted::Written));
+        if let Err(error) = &written {
             debug!(%error, "a capture takes all that was changed");
         }
-        let is_remembered = remembered.is_ok();
+        let is_remembered = written.is_ok();
         let mut foundation = Foundation::of(home, is_remembered)?;
-        let changed = match is_remembered {
-            true => runs::union(&memory.look(foundation.wanted())?, &foundation.pending),
-            false => memory.own()?,
+        let changed = match (written, foundation.wanted()) {
+            (Ok(written), Wanted::Written) => runs::union(&written, &foundation.pending),
+            _ => memory.own()?,
         };
         let target = dir.join(MEMORY);
         let beside = runs::bytes(&runs::union(&foundation.pages.runs, &changed));
