@@ -13,8 +13,8 @@ use super::{
     process::Process,
 };
 
-/// Says where its mapping is, and then does what it is told: `write FIRST COUNT BYTE`, or `read PAGE`, which has the kernel
-/// write there.
+/// Says where its mapping is, and then does what it is told: `write FIRST COUNT BYTE`, `scatter FIRST COUNT BYTE`, which
+/// writes to every other page from the first one on, or `read PAGE`, which has the kernel write there.
 const PROGRAM: &str = "
 import ctypes, mmap, os, sys
 ctypes.CDLL(None).syscall(323, 1 | os.O_CLOEXEC | os.O_NONBLOCK)  # userfaultfd(2)
@@ -28,6 +28,8 @@ for line in sys.stdin:
     if what == 'write':
         length = int(numbers[1]) * 4096
         memory[at:at + length] = bytes([int(numbers[2])]) * length
+    elif what == 'scatter':
+        for number in range(int(numbers[1])): memory[at + number * 8192] = int(numbers[2])
     else:
         zeros.readinto(memoryview(memory)[at:at + 4096])
     print('done', flush=True)
@@ -66,6 +68,11 @@ impl Mapped {
     /// Has it write to pages.
     pub fn write(&mut self, first: u32, count: u32, byte: u8) {
         self.tell(&format!("write {first} {count} {byte}"));
+    }
+
+    /// Has it write to every other page.
+    pub fn scatter(&mut self, first: u32, count: u32, byte: u8) {
+        self.tell(&format!("scatter {first} {count} {byte}"));
     }
 
     /// Has the kernel write zeros to one of its pages.

@@ -4,7 +4,10 @@
 
 use std::{fs::File, io, os::fd::AsRawFd as _};
 
-use super::pages::{PAGE, Run};
+use super::{
+    pages::{PAGE, Run},
+    runs,
+};
 
 // include/uapi/linux/fs.h
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
@@ -92,17 +95,20 @@ pub fn scan(pagemap: &File, address: u64, bytes: u64, wanted: Wanted, protect: b
         for region in found {
             let [first, last] = [region.start, region.end].map(|at| page(at, address));
             let (first, last) = (first?, last?);
-            match runs.last_mut() {
-                Some(run) if run.0 + run.1 == first => run.1 += last - first,
-                _ => runs.push(Run(first, last - first)),
-            }
+            runs.push(Run(first, last.saturating_sub(first)));
+        }
+        // It has come to the end. Where it says that it has come to is no sign of that: with more regions than it has a buffer
+        // for, that is where it emptied the buffer last (Linux 6.18, do_pagemap_scan).
+        if found.len() < REGIONS {
+            break;
         }
         if asked.walk_end <= start {
             return Err(io::Error::other("the kernel does not come on with its scan"));
         }
         start = asked.walk_end;
     }
-    Ok(runs)
+    // For the same reason some may be there twice.
+    Ok(runs::settled(runs))
 }
 
 fn page(at: u64, address: u64) -> io::Result<u32> {

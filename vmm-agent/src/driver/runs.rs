@@ -66,6 +66,19 @@ pub fn join(runs: impl Iterator<Item = Run>) -> Vec<Run> {
     joined
 }
 
+/// Makes a list of runs that are in any order and overlap.
+pub fn settled(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_unstable_by_key(|run| run.0);
+    let mut settled: Vec<Run> = Vec::with_capacity(runs.len());
+    for run in runs.into_iter().filter(|run| run.1 > 0) {
+        match settled.last_mut() {
+            Some(last) if last.0 + last.1 >= run.0 => last.1 = last.1.max(run.0 + run.1 - last.0),
+            _ => settled.push(run),
+        }
+    }
+    settled
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
@@ -113,6 +126,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_list_is_made_of_any_runs() {
+        let any = vec![Run(7, 3), Run(0, 2), Run(2, 0), Run(8, 1), Run(2, 1), Run(9, 4), Run(20, 1)];
+        assert_eq!(settled(any), [Run(0, 3), Run(7, 6), Run(20, 1)]);
+        assert_eq!(settled(vec![]), []);
     }
 
     /// Which page is where in a file with `runs`.

@@ -79,4 +79,25 @@ mod tests {
         drop(other);
         assert!(memory.look(Wanted::Own).is_err());
     }
+
+    #[tokio::test]
+    async fn more_runs_than_are_told_at_a_time_are_each_found_once() {
+        const RUNS: u32 = 5000;
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(u64::from(RUNS) * 2 * 4096).unwrap();
+        let mut other = Mapped::start(image.path());
+        let memory = other.memory.clone();
+        memory.remember_writes().unwrap();
+        // With fewer than are told at a time, as many, and more; and again when some are protected already.
+        for count in [RUNS, 4096, 600, RUNS] {
+            let expected: Vec<Run> = (0..count).map(|number| Run(number * 2, 1)).collect();
+            other.scatter(0, count, 1);
+            assert_eq!(memory.look(Wanted::Written).unwrap(), expected);
+            assert_eq!(memory.look(Wanted::Own).unwrap(), memory.own().unwrap());
+            assert_eq!(memory.take_account(Wanted::Written).unwrap(), expected);
+            assert_eq!(memory.look(Wanted::Written).unwrap(), []);
+            assert_eq!(memory.take_account(Wanted::Own).unwrap(), memory.own().unwrap());
+        }
+        assert_eq!(memory.own().unwrap().len(), RUNS as usize);
+    }
 }
