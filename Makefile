@@ -34,6 +34,7 @@ down: ## ends what `oc up --detach` started
 
 build: setup ## release binaries in target/release, the guest's static one included
 	cargo build --release --locked --workspace --bins
+	cargo build --release --locked -p oc-preload
 	@# Linked statically, under a name of its own: the guest has no libraries when it starts.
 	cargo rustc --profile guest --locked -p oc-guest --bin oc-guest -- -C target-feature=+crt-static
 	@cmp -s $(CARGO_TARGET_DIR)/guest/oc-guest $(BIN)/oc-init || cp $(CARGO_TARGET_DIR)/guest/oc-guest $(BIN)/oc-init

@@ -19,7 +19,7 @@ pub fn binaries() -> anyhow::Result<PathBuf> {
     let Some(directory) = found else {
         bail!("there is no oc near {}: run `make build`", program.display());
     };
-    for name in ["oc-scheduler", "oc-vmm-agent", "oc-gateway", "oc-init"] {
+    for name in ["oc-scheduler", "oc-vmm-agent", "oc-gateway", "oc-init", "liboc_preload.so"] {
         if !directory.join(name).is_file() {
             bail!("there is no {name} in {}: run `make build`", directory.display());
         }

@@ -6,6 +6,7 @@ use tracing::info;
 
 use crate::{
     backend::Backend,
+    data_image::{self, ImageError},
     host::recovery::remove_all,
     journal::{self, JOURNAL_DIR},
     lock::{Lock, LockError},
@@ -26,6 +27,9 @@ pub enum CleanupError {
     /// The file system says no.
     #[error("cannot clean up the data directory")]
     Io(#[from] io::Error),
+    /// The filesystem of the data directory resists.
+    #[error("cannot remove the data directory's image")]
+    Image(#[from] ImageError),
     /// VMs are still there after they were removed.
     #[error("{0} VMs resist; see the log")]
     Left(usize),
@@ -39,7 +43,7 @@ pub enum CleanupError {
 pub async fn clean_up(backend: Arc<dyn Backend>, data_dir: &Path) -> Result<(), CleanupError> {
     if !data_dir.try_exists()? {
         backend.clean_up().await?;
-        return Ok(());
+        return Ok(data_image::remove(data_dir).await?);
     }
     let lock = Lock::take(data_dir)?;
     let workshop = Workshop::open(backend.clone(), data_dir, journal::boot_id()?)?;
@@ -56,6 +60,7 @@ pub async fn clean_up(backend: Arc<dyn Backend>, data_dir: &Path) -> Result<(), 
     // Last: whoever finds no lock file finds nothing else either.
     remove(fs::remove_file(data_dir.join(Lock::file_name())))?;
     drop(lock);
+    data_image::remove(data_dir).await?;
     // The directory itself goes if nobody else keeps anything in it.
     if let Err(error) = fs::remove_dir(data_dir)
         && error.kind() != io::ErrorKind::DirectoryNotEmpty

@@ -26,6 +26,8 @@ const WAITING_CLONE_MB: u64 = 64;
 const DEFAULT_POOL: u64 = 24;
 /// As long as a sandbox may be idle at most: 31 days.
 const MAX_PAUSED_FOR_SECONDS: u64 = 31 * 24 * 3600;
+/// Room for a golden snapshot and a sandbox or two, MiB.
+const LEAST_IMAGE_MB: u32 = 1024;
 /// What most sandboxes are: the size a create gets that names none.
 const DEFAULT_KIND: (&str, u32, u32) = ("base", 1, 1024);
 
@@ -45,6 +47,10 @@ pub struct Args {
     /// Where everything that the agent makes lies.
     #[arg(long, env = "OC_DATA_DIR")]
     pub data_dir: PathBuf,
+    /// Size of an XFS of its own, in a file beside it, that the data directory is put on, MiB: copies of disks and memory share
+    /// their blocks there. Without, it lies on the host's filesystem.
+    #[arg(long, env = "OC_DATA_IMAGE_MB")]
+    pub data_image_mb: Option<u32>,
     /// Where the templates lie.
     #[arg(long, env = "OC_IMAGE_DIR", default_value = "/var/cache/opencomputer/images")]
     pub image_dir: PathBuf,
@@ -138,6 +144,8 @@ pub struct Config {
     pub host_id: String,
     /// Where everything that the agent makes lies.
     pub data_dir: PathBuf,
+    /// Size of the filesystem that it is put on, MiB, if it gets one of its own.
+    pub data_image_mb: Option<u32>,
     /// Where the templates lie.
     pub image_dir: PathBuf,
     /// The guest's PID 1.
@@ -199,6 +207,9 @@ impl Config {
         if args.memory_reserve_mb >= total_mb {
             return Err(invalid("--memory-reserve-mb", format!("this host has {total_mb} MiB in all")));
         }
+        if args.data_image_mb.is_some_and(|size| size < LEAST_IMAGE_MB) {
+            return Err(invalid("--data-image-mb", format!("want {LEAST_IMAGE_MB} at least")));
+        }
         let limits = Limits {
             max_sandboxes: match args.max_sandboxes {
                 Some(max) => max as usize,
@@ -242,6 +253,7 @@ impl Config {
             listen: args.listen.ok_or_else(|| invalid("--listen", "is needed"))?,
             host_id,
             data_dir,
+            data_image_mb: args.data_image_mb,
             image_dir: absolute("--image-dir", &args.image_dir)?,
             guest_binary,
             pool,
@@ -343,6 +355,8 @@ mod tests {
         let base =
             ["oc-vmm-agent", "--cleanup", "--host-id", "h", "--data-dir", "d", "--paused-for", "2678401"];
         assert!(Args::try_parse_from(base).is_err());
+        let bad = args(&["--data-image-mb", "300"]);
+        assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--data-image-mb", .. })));
         let bad = args(&["--memory-reserve-mb", "99999999999"]);
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--memory-reserve-mb", .. })));
     }

@@ -5,8 +5,9 @@
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
 //! - [`guest_link`]: the way to a guest; [`graft`]: a snapshot's state in a VM that runs already.
-//! - [`pages`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment, on disk;
-//!   [`capture`] takes it, [`shelf`] keeps those of sandboxes, [`stored`] that of one that hibernates.
+//! - [`pages`], [`runs`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment,
+//!   on disk; [`capture`] takes it, [`shelf`] keeps those of sandboxes, [`stored`] that of one that hibernates.
+//! - [`writes`], [`userfaultfd`], [`pagemap_scan`], [`extents`], [`previous`]: what has changed since the capture before.
 //! - [`instance`]: all of it as the lifecycle uses it.
 //! - [`durable`]: files that are whole or not there.
 //!
@@ -18,6 +19,7 @@ pub mod cgroup;
 pub mod console;
 pub mod digests;
 pub mod durable;
+pub mod extents;
 pub mod golden;
 pub mod graft;
 pub mod guest_link;
@@ -26,17 +28,24 @@ pub mod home;
 pub mod initramfs;
 pub mod instance;
 pub mod layer;
+#[cfg(test)]
+mod mapped;
+pub mod pagemap_scan;
 pub mod pages;
 pub mod parts;
 pub mod pins;
+pub mod previous;
 pub mod process;
 pub mod qemu;
 pub mod running;
+pub mod runs;
 pub mod shelf;
 pub mod snapshot;
 pub mod stored;
 pub mod template;
+pub mod userfaultfd;
 pub mod vmm;
+pub mod writes;
 
 use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 

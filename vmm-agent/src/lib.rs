@@ -7,7 +7,8 @@
 //! - [`workshop`], [`microvm`], [`journal`], [`tombstones`]: making one, step by step, so that a crash of the
 //!   agent at any step leaves what its next start finishes or undoes.
 //! - [`backend`]: the seam to what drives VMMs; [`driver`]: what does.
-//! - [`cleanup`], [`lock`]: leaving nothing behind; one agent per data directory.
+//! - [`cleanup`], [`lock`], [`data_image`]: leaving nothing behind; one agent per data directory, which may be on a filesystem
+//!   of its own.
 //! - [`capacity`], [`telemetry`], [`identity`]: what the host has, what is counted, what things are called.
 //! - [`fail`]: where a test has it die.
 
@@ -16,6 +17,7 @@ pub mod backend;
 pub mod capacity;
 pub mod cleanup;
 pub mod config;
+pub mod data_image;
 pub mod data_plane;
 pub mod driver;
 pub mod fail;

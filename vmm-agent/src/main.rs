@@ -8,6 +8,7 @@ use oc_mesh::{fail::arm, limits, shutdown, telemetry};
 use oc_vmm_agent::{
     app, cleanup,
     config::{self, Args, Config},
+    data_image,
     driver::Driver,
     fail,
 };
@@ -26,6 +27,10 @@ async fn main() -> anyhow::Result<()> {
     limits::raise_open_files().context("cannot open more files")?;
     let config = Config::new(args)?;
     let shutdown = shutdown::on_signal()?;
+    match config.data_image_mb {
+        Some(size_mb) => data_image::mount(&config.data_dir, size_mb)?,
+        None => data_image::refuse_unmounted(&config.data_dir)?,
+    }
     // Before anything is touched: another agent may be at work here.
     let _lock = app::claim(&config.data_dir)?;
     let driver = Arc::new(Driver::open(&config).await.context("this host cannot run microVMs")?);

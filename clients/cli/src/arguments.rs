@@ -330,6 +330,9 @@ pub struct UpArguments {
     /// Seconds a hibernated sandbox's process stays, paused, so that it wakes at once; 0 for none [default: 120]
     #[arg(long, value_name = "SECONDS")]
     pub paused_for: Option<u32>,
+    /// Keep sandboxes on an XFS of its own with N MiB, in a file: disks and memory are shared there, not copied
+    #[arg(long, value_name = "N")]
+    pub data_image_mb: Option<u32>,
     /// Boot every sandbox: no golden snapshots, no clones, no pool
     #[arg(long)]
     pub no_snapshots: bool,

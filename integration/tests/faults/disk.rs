@@ -11,18 +11,18 @@ const SIZE_MIB: u64 = 2048;
 const RESERVE_MIB: &str = "300";
 
 /// A filesystem of its own in a file; unmounted when dropped.
-struct Disk {
+pub struct Disk {
     directory: TempDir,
 }
 
 impl Disk {
-    fn mount() -> anyhow::Result<Self> {
+    pub fn mount(size_mib: u64) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("oc-disk-")
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o711))
             .tempdir()?;
         let image = directory.path().join("image");
-        fs::File::create(&image)?.set_len(SIZE_MIB << 20)?;
+        fs::File::create(&image)?.set_len(size_mib << 20)?;
         let command = |program: &str, arguments: &[&str]| {
             let mut command = Command::new(program);
             command.args(arguments);
@@ -38,12 +38,12 @@ impl Disk {
         Ok(disk)
     }
 
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.directory.path().join("mnt")
     }
 
     /// Takes all but `mib` of what anybody but root may write.
-    fn leave(&self, mib: u64) -> anyhow::Result<()> {
+    pub fn leave(&self, mib: u64) -> anyhow::Result<()> {
         let ballast = self.path().join("ballast");
         let _ = fs::remove_file(&ballast);
         let stat = nix::sys::statvfs::statvfs(&self.path())?;
@@ -62,7 +62,7 @@ impl Drop for Disk {
 }
 
 pub async fn a_full_host_takes_no_more_and_loses_nothing(_: Arc<()>) -> anyhow::Result<()> {
-    let disk = Disk::mount()?;
+    let disk = Disk::mount(SIZE_MIB)?;
     let mesh = Mesh::start_in(
         Some(&disk.path().join("state")),
         &["--pool-size", "0"],
@@ -111,7 +111,7 @@ pub async fn a_full_host_takes_no_more_and_loses_nothing(_: Arc<()>) -> anyhow::
 }
 
 pub async fn a_disk_that_fills_up_amid_a_capture_leaves_nothing_of_it(_: Arc<()>) -> anyhow::Result<()> {
-    let disk = Disk::mount()?;
+    let disk = Disk::mount(SIZE_MIB)?;
     let mesh = Mesh::start_in(
         Some(&disk.path().join("state")),
         &["--pool-size", "0", "--paused-for", "0"],

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
 mod branches;
+mod chains;
 mod chaos;
 mod disk;
 mod etcd;
@@ -29,6 +30,8 @@ fn main() -> ExitCode {
         steps:
             a_sandbox_is_as_before_or_as_after_at_every_step,
             a_checkpoint_that_is_deleted_while_a_fork_reads_it_is_whole_or_not_found;
+        chains:
+            a_chain_of_checkpoints_misses_nothing_whatever_fails;
         chaos:
             a_hundred_creates_among_kills_leave_only_what_works;
         disk:

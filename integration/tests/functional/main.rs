@@ -1,6 +1,7 @@
 //! What one mesh does for its users, by every way in, on real microVMs.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
+mod chains;
 mod checkpoints;
 mod clients;
 mod clones;
@@ -69,6 +70,9 @@ fn main() -> ExitCode {
             a_live_fork_goes_on_in_a_clone_that_waited,
             a_busy_sandbox_is_forked_into_clones_that_waited,
             a_stored_sandbox_wakes_in_a_clone_that_waited;
+        chains:
+            each_checkpoint_of_a_chain_is_its_own_moment,
+            sandboxes_live_on_a_filesystem_of_their_own;
         refusals:
             bad_creates_are_refused,
             bad_commands_are_refused,

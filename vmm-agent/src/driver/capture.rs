@@ -39,8 +39,10 @@ impl Capture {
         writing: Writing,
     ) -> Result<Self, MakeError> {
         let layer = with_layer.then(|| home.layer());
-        let of = memory.clone();
-        let begun = on_disk(home, move |home| Ok((Draft::begin(&place, home, of.as_ref())?, writing)));
+        let (of, from) = (memory.clone(), layer.clone());
+        let begun = on_disk(home, move |home| {
+            Ok((Draft::begin(&place, home, of.as_ref(), from.as_deref())?, writing))
+        });
         let (draft, writing) = telemetry::step("capture_begin", begun).await?;
         Ok(Self { home: home.clone(), draft, memory, layer, writing })
     }

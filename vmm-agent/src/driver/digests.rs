@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs::File,
     io::{self, Write as _},
+    ops::Range,
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::Path,
 };
@@ -17,9 +18,10 @@ use rustix::{
     fs::{SeekFrom, seek},
     io::Errno,
 };
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::pages::Run;
+use super::{extents, pages::Run};
 
 /// Bytes of a block. Larger ones make shorter lists, smaller ones leave more as it was.
 const BLOCK: u64 = 64 << 10;
@@ -70,7 +72,40 @@ impl Digests {
         Ok(self)
     }
 
-    fn read(&mut self, reader: &mut Reader<'_>, blocks: std::ops::Range<u64>) -> io::Result<()> {
+    /// Of `file`, of which parts lie where those of `before` do, which these are of: no more than the rest is read.
+    ///
+    /// # Errors
+    ///
+    /// If the filesystem does not tell where they lie, or `file` cannot be read.
+    pub fn taken_over(&self, before: &File, file: &File) -> io::Result<Self> {
+        let bytes = file.metadata()?.len();
+        let (old, new) = (extents::of(before)?, extents::of(file)?);
+        let alike = extents::alike(&old, &new, self.bytes.min(bytes));
+        let mut digests = Self { bytes, blocks: BTreeMap::new() };
+        let mut reader = Reader::new(file, bytes);
+        let (mut alike, mut next) = (alike.iter().peekable(), 0);
+        for extent in &new {
+            // A block may have more than one extent.
+            let blocks = (extent.range.start / BLOCK).max(next)..extent.range.end.min(bytes).div_ceil(BLOCK);
+            next = blocks.end.max(next);
+            for block in blocks {
+                let range = block * BLOCK..((block + 1) * BLOCK).min(bytes);
+                while alike.next_if(|part| part.end <= range.start).is_some() {}
+                // A last block that was shorter is another one now.
+                let is_alike = (self.bytes == bytes || self.bytes.is_multiple_of(BLOCK))
+                    && alike.peek().is_some_and(|part| part.start <= range.start && range.end <= part.end);
+                if is_alike {
+                    let number = u32::try_from(block).map_err(io::Error::other)?;
+                    digests.blocks.extend(self.blocks.get_key_value(&number));
+                } else {
+                    digests.read(&mut reader, block..block + 1)?;
+                }
+            }
+        }
+        Ok(digests)
+    }
+
+    fn read(&mut self, reader: &mut Reader<'_>, blocks: Range<u64>) -> io::Result<()> {
         for block in blocks {
             let number = u32::try_from(block).map_err(io::Error::other)?;
             match reader.digest(block)? {
@@ -201,8 +236,8 @@ fn data(file: &File, bytes: u64) -> io::Result<Vec<(u64, u64)>> {
 pub struct Verified(Mutex<HashSet<Identity>>);
 
 /// What a file is, and when it was last written to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Identity {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Identity {
     device: u64,
     inode: u64,
     bytes: u64,
@@ -231,7 +266,12 @@ impl Verified {
 }
 
 impl Identity {
-    fn of(file: &File) -> io::Result<Self> {
+    /// Of an open file.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be asked.
+    pub fn of(file: &File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let modified = (metadata.mtime(), metadata.mtime_nsec());
         Ok(Self { device: metadata.dev(), inode: metadata.ino(), bytes: metadata.size(), modified })

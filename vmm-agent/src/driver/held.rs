@@ -81,14 +81,11 @@ impl Held {
         self.runs.iter().map(|run| run.bytes()).sum()
     }
 
-    /// Writes what is held to the beginning of `file`, one after the other.
-    ///
-    /// # Errors
-    ///
-    /// If it does not take it.
-    pub fn save(&self, file: &File) -> io::Result<()> {
+    /// The bytes that are held from `offset` on, all pages one after the other; `None` if those are not among them.
+    pub fn part(&self, offset: u64, bytes: u64) -> Option<&[u8]> {
+        let end = offset.checked_add(bytes).filter(|end| *end <= self.bytes())?;
         // It is in the buffer.
-        file.write_all_at(&self.buffer[..self.bytes() as usize], 0)
+        self.buffer.get(offset as usize..end as usize)
     }
 
     /// Writes what is held over the pages of `image`.

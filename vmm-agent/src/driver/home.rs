@@ -81,6 +81,16 @@ impl Home {
         self.dir.join("base.img")
     }
 
+    /// What the capture before has left of the memory, if there was one ([`super::previous`]).
+    pub fn previous(&self) -> PathBuf {
+        self.dir.join("previous")
+    }
+
+    /// What the capture before has left of the disk.
+    pub fn previous_disk(&self) -> PathBuf {
+        self.dir.join("previous-disk")
+    }
+
     /// Makes the directory.
     ///
     /// # Errors
@@ -105,14 +115,15 @@ impl Home {
         fs::set_permissions(&self.dir, Permissions::from_mode(0o710))
     }
 
-    /// Puts a copy of the layer `from` into the home.
+    /// Puts a copy of the layer `from` into the home; whether it shares its blocks with it.
     ///
     /// # Errors
     ///
     /// If there is one already, or the disk is full.
-    pub fn add_layer(&self, from: &Path) -> io::Result<()> {
-        let layer = layer::copy(from, &self.layer())?;
-        self.give(&layer)
+    pub fn add_layer(&self, from: &Path) -> io::Result<bool> {
+        let (layer, is_shared) = layer::copy_or_share(from, &self.layer())?;
+        self.give(&layer)?;
+        Ok(is_shared)
     }
 
     /// Removes the layer from the home. A VMM that has it open still uses it.
@@ -168,6 +179,15 @@ impl Home {
     pub fn forget_base(&self) -> io::Result<()> {
         durable::remove(&self.base())?;
         durable::remove(&digests_of(&self.base()))
+    }
+
+    /// Forgets what was captured of a process that is gone, or is about to be replaced.
+    ///
+    /// # Errors
+    ///
+    /// If it resists.
+    pub fn forget_previous(&self) -> io::Result<()> {
+        durable::remove_whole(&self.previous())
     }
 
     /// Makes an empty file that the VMM may write its devices' state to.

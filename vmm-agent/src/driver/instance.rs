@@ -9,6 +9,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use tower::util::BoxCloneSyncService;
+use tracing::debug;
 
 use super::{
     capture::Capture,
@@ -17,6 +18,7 @@ use super::{
     golden::Goldens,
     home::Home,
     parts::{Bootable, Parts},
+    previous,
     running::{self, CloneError, Running},
     snapshot::{Manifest, Origin, Place},
     stored::Stored,
@@ -63,18 +65,23 @@ impl Vm {
         Ok(running::on_disk(&self.home, Origin::read).await?.memory_mb)
     }
 
-    /// Puts a copy of a snapshot's disk into the home, by `put`.
+    /// Puts a copy of a snapshot's disk into the home, by `put`, which says whether it shares its blocks.
     async fn take_layer(
         &self,
         parts: &Arc<Parts>,
         snapshot_id: &str,
-        put: impl FnOnce(&Home, &Path) -> io::Result<()> + Send + 'static,
+        put: impl FnOnce(&Home, &Path) -> io::Result<bool> + Send + 'static,
     ) -> Result<Manifest, MakeError> {
         let (place, known) = (parts.places.snapshot(snapshot_id), parts.clone());
         let work = move |home: &Home| {
             let Some(manifest) = place.read()? else { return Ok(None) };
             place.verify_layer(&manifest, &known.verified)?;
-            put(home, &place.layer())?;
+            // What it goes on to share need not be read for its first capture.
+            if put(home, &place.layer())?
+                && let Err(error) = previous::keep_disk(home, &place.layer())
+            {
+                debug!(%error, "the first capture reads all of the disk");
+            }
             fail::pass(fail::CREATE_LAYER, home.vm())?;
             Ok(Some(manifest))
         };
@@ -247,7 +254,11 @@ impl Instance for Vm {
         fail::pass(fail::HIBERNATE_RELEASED, self.home.vm())?;
         // A capture of it that was given up ends.
         let _nobody_writes = self.stored.write().await;
-        running::on_disk(&self.home, Home::remove_sockets).await
+        running::on_disk(&self.home, |home| {
+            home.forget_previous()?;
+            home.remove_sockets()
+        })
+        .await
     }
 
     async fn restore_stored(&mut self, kind: &Kind) -> Result<(), MakeError> {

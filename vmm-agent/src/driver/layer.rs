@@ -9,12 +9,16 @@ use std::{
 };
 
 use rustix::{
-    fs::{SeekFrom, ioctl_ficlone, seek},
+    fs::{SeekFrom, fstatfs, ioctl_ficlone, seek},
     io::Errno,
 };
 
 /// Size of a new layer, MiB: what a sandbox has at least.
 pub const LAYER_MB: u64 = 20_480;
+
+// include/uapi/linux/magic.h
+const XFS_SUPER_MAGIC: u64 = 0x5846_5342;
+const BTRFS_SUPER_MAGIC: u64 = 0x9123_683e;
 
 /// The journal's size, MiB: ext4 would choose 128 for a disk of this size, and each sandbox soon fills its own.
 const JOURNAL_MB: u32 = 32;
@@ -48,15 +52,39 @@ pub fn format(file: &Path) -> io::Result<()> {
 ///
 /// If `to` exists, or either cannot be read or written.
 pub fn copy(from: &Path, to: &Path) -> io::Result<File> {
+    Ok(copy_or_share(from, to)?.0)
+}
+
+/// As [`copy`]; also whether it shares its blocks with the original.
+///
+/// # Errors
+///
+/// As there.
+pub fn copy_or_share(from: &Path, to: &Path) -> io::Result<(File, bool)> {
     let source = File::open(from)?;
     let target = OpenOptions::new().create_new(true).read(true).write(true).mode(0o600).open(to)?;
     match ioctl_ficlone(&target, &source) {
-        Ok(()) => return Ok(target),
+        Ok(()) => return Ok((target, true)),
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
     }
     copy_data(&source, &target)?;
-    Ok(target)
+    Ok((target, false))
+}
+
+/// Has `layer` written back where a copy that shares its blocks would wait for that, so that less is left of it when the
+/// copy is made.
+///
+/// # Errors
+///
+/// If the disk does not take it.
+pub fn write_back(layer: &Path) -> io::Result<()> {
+    let file = File::open(layer)?;
+    // Elsewhere what was not written back is copied as well as what was.
+    match fstatfs(&file)?.f_type.cast_unsigned() {
+        XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC => file.sync_data(),
+        _ => Ok(()),
+    }
 }
 
 fn copy_data(mut source: &File, target: &File) -> io::Result<()> {

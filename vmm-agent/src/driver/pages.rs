@@ -12,7 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::process::Process;
+use super::{process::Process, runs};
 
 /// Bytes of a page of the host.
 pub const PAGE: u64 = 4096;
@@ -68,7 +68,45 @@ pub struct Pages {
 impl Pages {
     /// What they take.
     pub fn bytes(&self) -> u64 {
-        self.runs.iter().map(|run| run.bytes()).sum()
+        runs::bytes(&self.runs)
+    }
+
+    /// Writes them, which `file` holds, over the pages of `image`, an image of their memory.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidData`] if the file is not what was saved: then the image is of no use.
+    pub fn lay_over(&self, file: &mut File, image: &File) -> io::Result<()> {
+        self.put(file, image.metadata()?.len(), |bytes, at| image.write_all_at(bytes, at))
+    }
+
+    /// Reads `file`, which holds them, and has each piece `written` where it belongs in a memory of `bytes`.
+    fn put(
+        &self,
+        file: &mut File,
+        bytes: u64,
+        mut written: impl FnMut(&[u8], u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let damaged = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+        if !self.fit(bytes) || file.metadata()?.len() != self.bytes() {
+            return Err(damaged("the pages do not fit the memory"));
+        }
+        let mut digest = Sha256::new();
+        let mut buffer = Vec::new();
+        for (at, length) in self.runs.iter().flat_map(|run| pieces(*run)) {
+            buffer.resize(length, 0);
+            file.read_exact(&mut buffer)?;
+            if self.sha256.is_some() {
+                digest.update(&buffer);
+            }
+            written(&buffer, at)?;
+        }
+        match &self.sha256 {
+            Some(expected) if *expected != hex::encode(digest.finalize()) => {
+                Err(damaged("the pages are not those that were saved"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether they can be of a memory of `bytes`.
@@ -171,29 +209,8 @@ impl GuestMemory {
     ///
     /// [`io::ErrorKind::InvalidData`] if the file is not what was saved: then the VM is only good for being killed.
     pub fn load(&self, file: &mut File, pages: &Pages) -> io::Result<()> {
-        let damaged = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
-        if !pages.fit(self.bytes) || file.metadata()?.len() != pages.bytes() {
-            return Err(damaged("the pages do not fit the memory"));
-        }
         let memory = self.process.open_file("mem", OpenOptions::new().write(true))?;
-        let mut digest = Sha256::new();
-        let mut buffer = Vec::new();
-        for run in &pages.runs {
-            for (at, length) in pieces(*run) {
-                buffer.resize(length, 0);
-                file.read_exact(&mut buffer)?;
-                if pages.sha256.is_some() {
-                    digest.update(&buffer);
-                }
-                memory.write_all_at(&buffer, self.address + at)?;
-            }
-        }
-        match &pages.sha256 {
-            Some(expected) if *expected != hex::encode(digest.finalize()) => {
-                Err(damaged("the pages are not those that were saved"))
-            }
-            _ => Ok(()),
-        }
+        pages.put(file, self.bytes, |bytes, at| memory.write_all_at(bytes, self.address + at))
     }
 }
 

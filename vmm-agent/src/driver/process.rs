@@ -1,9 +1,10 @@
 //! A VM's process, held by a pidfd: no other process is ever taken for it, and it need not be a child of the agent.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, IoSliceMut},
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -15,7 +16,10 @@ use nix::{
 };
 use rustix::{
     io::Errno,
-    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
+    process::{
+        Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitId, WaitIdOptions, pidfd_getfd, pidfd_open,
+        pidfd_send_signal, waitid,
+    },
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -57,6 +61,30 @@ impl Process {
         // Its number was not another's when the file was opened.
         self.alive()?;
         Ok(file)
+    }
+
+    /// A copy of its descriptor of what `/proc/PID/fd` calls `name`, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended, or the kernel does not permit.
+    pub fn copy_of_descriptor(&self, name: &str) -> io::Result<Option<OwnedFd>> {
+        let named = Path::new(name);
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.pid))? {
+            let path = entry?.path();
+            // One that is closed meanwhile is not the one.
+            if fs::read_link(&path).ok().as_deref() != Some(named) {
+                continue;
+            }
+            let number = path.file_name().and_then(|number| number.to_str()?.parse().ok());
+            let number = number.ok_or(io::ErrorKind::InvalidData)?;
+            let copy = pidfd_getfd(self.fd.get_ref(), number, PidfdGetfdFlags::empty())?;
+            // It may have put another in its place since: what came of it is what counts.
+            let got = fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd()))?;
+            return Ok((got == named).then_some(copy));
+        }
+        self.alive()?;
+        Ok(None)
     }
 
     /// Reads `places`, addresses and lengths in the process's memory, one after the other into `buffer`, which they fill:

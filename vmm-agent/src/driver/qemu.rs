@@ -8,17 +8,19 @@ mod spawn;
 mod tsc;
 mod vmstate;
 
-use std::{io, path::Path, process::Stdio, time::Duration};
+use std::{fs::File, io, path::Path, process::Stdio, time::Duration};
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tokio::time::{Instant, sleep, timeout};
+use tracing::warn;
 
 pub use self::arguments::Accelerator;
 use self::{arguments::Machine as Model, qmp::Qmp};
 use super::{
     home::{self, Home},
     process::Process,
+    userfaultfd,
     vmm::{Graft, Launch, Machine, Start, Vmm, VmmError},
 };
 use crate::backend::Condition;
@@ -27,6 +29,8 @@ use crate::backend::Condition;
 const MEMORY: &str = "ram";
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
+/// What is loaded before it (`vmm-agent/preload`).
+const PRELOAD: &str = "liboc_preload.so";
 /// How long device state may take to save or load: a few milliseconds, but the host may be busy.
 const MIGRATION_WITHIN: Duration = Duration::from_secs(20);
 /// Between two looks at a migration.
@@ -42,6 +46,7 @@ pub struct Qemu {
     version: String,
     accelerator: Accelerator,
     tsc_khz: u64,
+    preload: Option<File>,
 }
 
 impl Qemu {
@@ -51,8 +56,25 @@ impl Qemu {
     ///
     /// If there is none.
     pub async fn find(accelerator: Accelerator) -> io::Result<Self> {
-        Ok(Self { version: version().await?, accelerator, tsc_khz: tsc::measure_khz().await })
+        let preload = preload();
+        if let Err(reason) = &preload {
+            warn!(%reason, "captures of a sandbox will cost what it changed since it was started");
+        }
+        let (version, tsc_khz) = (version().await?, tsc::measure_khz().await);
+        Ok(Self { version, accelerator, tsc_khz, preload: preload.ok() })
     }
+}
+
+/// What is loaded into QEMU's process so that its writes to the guest's memory can be told; beside this program.
+fn preload() -> io::Result<File> {
+    if !userfaultfd::is_supported() {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel does not remember which pages are written",
+        ));
+    }
+    let path = std::env::current_exe()?.with_file_name(PRELOAD);
+    File::open(&path).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
 }
 
 /// The version that [`PROGRAM`] prints.
@@ -120,8 +142,9 @@ impl Vmm for Qemu {
         let arguments = model.arguments();
         let inherited = [Some(control), Some(guest), debug].into_iter().flatten().map(Into::into).collect();
         let entrances = launch.cgroup.entrances().map_err(VmmError::Start)?;
-        let plan =
-            spawn::Plan { arguments, inherited, entrances, uid: launch.home.uid(), console: launch.console };
+        let preload = self.preload.as_ref().map(File::try_clone).transpose().map_err(VmmError::Start)?;
+        let (uid, console) = (launch.home.uid(), launch.console);
+        let plan = spawn::Plan { arguments, inherited, entrances, uid, console, preload };
         let process = spawn::spawn(plan).await.map_err(VmmError::Start)?;
         // The socket is there already: QEMU takes the connection when it is ready.
         let qmp = Qmp::connect(launch.home).await?;

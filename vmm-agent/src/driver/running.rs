@@ -210,7 +210,11 @@ impl Running {
         start: Start,
     ) -> Result<Self, MakeError> {
         let origin = parts.origin(bootable, kind);
-        on_disk(home, move |home| origin.write(home)).await?;
+        let ready = move |home: &Home| {
+            home.forget_previous()?;
+            origin.write(home)
+        };
+        on_disk(home, ready).await?;
         parts.create_group(cgroup, kind)?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;
         let launch = Launch {
@@ -272,7 +276,7 @@ pub enum CloneError {
 ///
 /// [`MakeError::Backend`] if the disk does not take it.
 pub async fn add_layer(home: &Home, layer: std::path::PathBuf) -> Result<(), MakeError> {
-    telemetry::step("layer", on_disk(home, move |home| home.add_layer(&layer))).await
+    telemetry::step("layer", on_disk(home, move |home| home.add_layer(&layer))).await.map(drop)
 }
 
 /// Reads a snapshot, on a thread of its own.

@@ -15,6 +15,9 @@
 //! the one that it maps, sharing its blocks where the filesystem can, with the changes written over it. So what many
 //! make of it is in memory once, and what follows begins with no changes again.
 //!
+//! One that is taken of a VM that was captured before is laid over the one before in the same way ([`super::previous`]):
+//! over its image, with the pages beside it and those that were written since.
+//!
 //! A hibernated VM's is good for the disk that it was taken with and no other: whoever lets the VM go on writes that down
 //! first, and then removes it.
 
@@ -113,7 +116,7 @@ struct MemoryPart {
     /// SHA-256 of `state.bin`.
     state_sha256: Option<String>,
     state_bytes: u64,
-    /// What the VM had changed of what it maps.
+    /// What the VM had changed since the snapshot before, or of what it maps where that is not known.
     changed_bytes: u64,
 }
 
@@ -144,7 +147,7 @@ impl Manifest {
         self.memory.is_some()
     }
 
-    /// What the VM had changed of the memory that it maps, bytes.
+    /// What the VM had changed of its memory since the snapshot before that was to be kept, or since it was started, bytes.
     pub fn memory_changed_bytes(&self) -> u64 {
         self.memory.as_ref().map_or(0, |memory| memory.changed_bytes)
     }
@@ -161,8 +164,11 @@ impl Manifest {
 
     /// What it takes beside what it is laid over, bytes.
     pub fn bytes(&self) -> u64 {
-        let state = self.memory.as_ref().map_or(0, |memory| memory.state_bytes);
-        self.memory_changed_bytes() + state + self.disk_bytes()
+        let memory = self.memory.as_ref().map_or(0, |memory| {
+            // What changed is in the image, or among the pages.
+            memory.state_bytes + memory.changed_bytes.max(memory.pages.bytes())
+        });
+        memory + self.disk_bytes()
     }
 }
 

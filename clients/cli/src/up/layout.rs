@@ -6,6 +6,7 @@
 //! | `store.db*` | the embedded record store | stays |
 //! | `log/` | a log per service | stays |
 //! | `agent/` | the vmm-agent's: disks, journals, images made from templates | image caches stay |
+//! | `agent.img` | the filesystem that `agent/` is on, with `--data-image-mb` | removed |
 //! | `run/` | sockets, journals of the services, `mesh.json` | removed |
 //!
 //! The directory itself is locked while a supervisor runs. It may be passed through, but not listed, by others:

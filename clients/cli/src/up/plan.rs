@@ -53,6 +53,7 @@ pub struct Plan {
     guest_binary: PathBuf,
     max_sandboxes: Option<u32>,
     paused_for: Option<u32>,
+    data_image_mb: Option<u32>,
     no_snapshots: bool,
     public_url: Option<String>,
     accelerator: String,
@@ -112,6 +113,7 @@ impl Plan {
             image_dir,
             max_sandboxes: arguments.max_sandboxes,
             paused_for: arguments.paused_for,
+            data_image_mb: arguments.data_image_mb,
             no_snapshots: arguments.no_snapshots,
             public_url: arguments.public_url.clone(),
             accelerator: arguments
@@ -155,6 +157,7 @@ impl Plan {
         agent.number("--pool-size", self.pool_size);
         agent.number("--max-sandboxes", self.max_sandboxes);
         agent.number("--paused-for", self.paused_for);
+        agent.number("--data-image-mb", self.data_image_mb);
         if self.no_snapshots {
             agent.words.push("--no-snapshots".into());
         }

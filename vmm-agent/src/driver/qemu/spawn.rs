@@ -47,6 +47,8 @@ pub struct Plan {
     pub uid: u32,
     /// Its standard output and standard error.
     pub console: OwnedFd,
+    /// A library that is loaded before the program, if any. By descriptor: its user need not find the way to it.
+    pub preload: Option<File>,
 }
 
 /// Starts QEMU. If this future is dropped, the process is still in its control group.
@@ -66,7 +68,11 @@ pub async fn spawn(plan: Plan) -> io::Result<Process> {
             .stdin(Stdio::null())
             .stdout(plan.console)
             .stderr(errors);
-        let inherited: Vec<RawFd> = plan.inherited.iter().map(|fd| fd.as_raw_fd()).collect();
+        let mut inherited: Vec<RawFd> = plan.inherited.iter().map(|fd| fd.as_raw_fd()).collect();
+        if let Some(library) = &plan.preload {
+            command.env("LD_PRELOAD", format!("/proc/self/fd/{}", library.as_raw_fd()));
+            inherited.push(library.as_raw_fd());
+        }
         let (uid, entrances) = (plan.uid, plan.entrances);
         let mut oom_score = File::options();
         oom_score.write(true);
@@ -86,7 +92,7 @@ pub async fn spawn(plan: Plan) -> io::Result<Process> {
             });
         }
         let child = command.spawn()?;
-        drop(plan.inherited);
+        drop((plan.inherited, plan.preload));
         io::Result::Ok(child.id())
     })
     .await??;
