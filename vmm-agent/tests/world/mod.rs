@@ -26,7 +26,7 @@ use oc_proto::{
     },
 };
 use oc_vmm_agent::{
-    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Wanted},
+    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Wanted, Whole},
     capacity::Limits,
     host::Host,
     identity::{Epoch, SandboxId},
@@ -37,7 +37,10 @@ use oc_vmm_agent::{
     workshop::Workshop,
 };
 use parking_lot::Mutex;
-use tokio::{sync::Notify, task::JoinHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use tower::{ServiceExt as _, util::BoxCloneSyncService};
@@ -230,9 +233,17 @@ impl Backend for FakeBackend {
         Ok(())
     }
 
-    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError> {
+    fn object_store_id(&self) -> watch::Receiver<Option<Arc<str>>> {
+        watch::Sender::new(None).subscribe()
+    }
+
+    async fn provide_snapshot(&self, _: &str) -> Result<(), MakeError> {
+        Ok(())
+    }
+
+    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<Whole, MakeError> {
         match self.0.snapshots.lock().get(snapshot_id) {
-            Some(captured) => Ok(captured.bytes),
+            Some(captured) => Ok(Whole { here: captured.bytes, uploaded: 0 }),
             None => Err(MakeError::NoSnapshot(snapshot_id.into())),
         }
     }
@@ -304,6 +315,7 @@ impl Instance for FakeInstance {
             memory_changed_bytes: 0,
             disk_bytes: 0,
             manifest_digest: String::new(),
+            object_store_id: None,
         };
         self.world.snapshots.lock().insert(wanted.snapshot_id, captured.clone());
         self.world.step().await;
