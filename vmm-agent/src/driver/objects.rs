@@ -9,7 +9,7 @@
 //!
 //! - [`chunk`], [`inventory`]: what is put there, and how it is told from anything else. Pure, or nearly.
 //! - [`chunk_lists`]: the chunks of images that many snapshots share are not computed twice.
-//! - [`upload`], [`fetch`], [`sweep`]: there, back, and what is in nobody's way any more.
+//! - [`upload`], [`fetch`]: there, and back; [`sweep`], [`unfinished`]: removing what nothing names any more.
 //! - [`depot`]: who does that on this host, and when.
 //!
 //! A snapshot is in the store when its inventory is, which comes after all that it names. So a crash at any moment leaves
@@ -23,6 +23,7 @@ pub mod inventory;
 pub mod sweep;
 #[cfg(test)]
 mod tests;
+pub mod unfinished;
 pub mod upload;
 
 use std::{

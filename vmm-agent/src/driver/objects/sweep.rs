@@ -14,17 +14,18 @@
 
 use std::{
     collections::HashMap,
+    io,
     time::{Duration, SystemTime},
 };
 
 use futures_util::TryStreamExt as _;
 use object_store::{ObjectStoreExt as _, PutMode, PutOptions, path::Path};
-use tokio::time::timeout;
+use tokio::{task::spawn_blocking, time::timeout};
 
 use super::{
     ObjectError, Objects,
     chunk::{self, ChunkId},
-    inventory,
+    inventory, unfinished,
 };
 
 /// What the names of sweeps begin with.
@@ -129,6 +130,11 @@ impl Objects {
                     Err(error) => return Err(error),
                 }
             }
+        }
+        if let Some(directory) = self.directory.clone() {
+            let now = self.clock.now();
+            let swept = spawn_blocking(move || unfinished::sweep(&directory, now, grace));
+            swept.await.map_err(io::Error::other)??;
         }
         let mut removed = 0;
         for (id, listed) in old {
