@@ -31,8 +31,8 @@ use std::{
 };
 
 use object_store::{
-    ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, aws::AmazonS3Builder, local::LocalFileSystem,
-    path::Path, prefix::PrefixStore,
+    ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, RetryConfig, aws::AmazonS3Builder,
+    local::LocalFileSystem, path::Path, prefix::PrefixStore,
 };
 use oc_mesh::clock::SharedClock;
 
@@ -42,6 +42,10 @@ const MAX_STORE_ID: u64 = 64;
 
 /// Chunks that are put or fetched at once, for one snapshot.
 const AT_ONCE: usize = 4;
+
+/// How often one request is repeated, and for how long: whoever makes it tries again himself.
+const RETRIES: usize = 4;
+const RETRIES_WITHIN: Duration = Duration::from_secs(20);
 
 /// How long things may take, and how long they are left alone.
 #[derive(Clone, Copy, Debug)]
@@ -127,7 +131,9 @@ impl Objects {
                 (Arc::new(store), Some(path))
             }
             Address::Bucket { bucket, prefix } => {
-                let store = AmazonS3Builder::from_env().with_bucket_name(bucket).build()?;
+                let retry =
+                    RetryConfig { max_retries: RETRIES, retry_timeout: RETRIES_WITHIN, ..Default::default() };
+                let store = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retry).build()?;
                 (Arc::new(PrefixStore::new(store, Path::from(prefix))), None)
             }
         };

@@ -33,9 +33,9 @@ use super::{
 use crate::{backend::Captured, capacity, driver::parts::Parts, microvm::MakeError, telemetry};
 
 /// Before a snapshot that was just taken is uploaded: whoever took it has the machine to himself meanwhile.
-const QUIET: Duration = Duration::from_secs(1);
+const QUIET: Duration = Duration::from_secs(2);
 /// However often one is taken.
-const QUIET_AT_MOST: Duration = Duration::from_secs(30);
+const QUIET_AT_MOST: Duration = Duration::from_secs(60);
 /// Between two attempts, at first and at last.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 /// How often it is looked whether a sweep is due, which it is far less often.
