@@ -80,7 +80,7 @@ impl Host {
     }
 
     /// Makes the sandbox's VM and waits until its guest has answered. If the caller goes away, it is made all
-    /// the same, or undone if that fails.
+    /// the same, or undone if that fails; not, if a snapshot is still being fetched for it.
     ///
     /// # Errors
     ///

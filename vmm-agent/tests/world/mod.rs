@@ -64,6 +64,8 @@ pub struct World {
     pub damaged_memories: AtomicUsize,
     /// What was taken of VMs, by name.
     pub snapshots: Mutex<BTreeMap<String, Captured>>,
+    /// What other hosts have put into the object store; one that is damaged there is `None`.
+    pub store: Mutex<BTreeMap<String, Option<Captured>>>,
     /// How many of the next captures fail, and how many snapshots are found damaged.
     pub failing_captures: AtomicUsize,
     pub damaged_snapshots: AtomicUsize,
@@ -237,7 +239,16 @@ impl Backend for FakeBackend {
         watch::Sender::new(None).subscribe()
     }
 
-    async fn provide_snapshot(&self, _: &str) -> Result<(), MakeError> {
+    async fn provide_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError> {
+        if self.0.snapshots.lock().contains_key(snapshot_id) {
+            return Ok(());
+        }
+        self.0.step().await;
+        match self.0.store.lock().get(snapshot_id).cloned() {
+            Some(Some(captured)) => drop(self.0.snapshots.lock().insert(snapshot_id.into(), captured)),
+            Some(None) => return Err(MakeError::Unusable("the object store's copy is damaged".into())),
+            None => return Err(MakeError::NoSnapshot(snapshot_id.into())),
+        }
         Ok(())
     }
 

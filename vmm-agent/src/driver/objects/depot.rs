@@ -202,7 +202,8 @@ impl Depot {
 
     async fn put(&self, captured: &Captured) -> Result<Uploaded, ObjectError> {
         if let Some(directory) = self.objects.directory() {
-            let free_mb = capacity::measure(directory)?.disk_mb;
+            // Whatever is wrong with it, it is not the snapshot that is.
+            let free_mb = capacity::measure(directory).map_err(io::Error::other)?.disk_mb;
             if free_mb < self.disk_reserve_mb {
                 return Err(io::Error::from(io::ErrorKind::StorageFull).into());
             }
