@@ -231,6 +231,7 @@ fn details(checkpoint: &Checkpoint) -> String {
         ("memory", format!("{} MiB", checkpoint.memory_mb)),
         ("disk", format!("{} MiB", checkpoint.disk_mb)),
         ("host", checkpoint.worker_id.clone()),
+        ("uploaded", if checkpoint.is_uploaded { "yes" } else { "no" }.to_owned()),
         ("manifest", checkpoint.manifest_digest.clone()),
     ])
 }
