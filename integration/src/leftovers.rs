@@ -8,7 +8,7 @@ use std::{
 use crate::processes;
 
 /// What stays after a stop (clients/cli/src/up/layout.rs).
-const STAYS: [&str; 3] = ["api-key", "log", "agent"];
+const STAYS: [&str; 4] = ["api-key", "log", "agent", "objects"];
 
 /// Names everything of the mesh in `state` with the host `host_id` that should not be there any more.
 ///

@@ -259,19 +259,20 @@ impl Agents {
         repeated(host_id, call).await.map(|_| ())
     }
 
-    /// Has a host read all of a snapshot. Returns how much that was, bytes.
+    /// Has a host read all of a snapshot. Returns how much that was there, and in its object store, bytes.
     ///
     /// # Errors
     ///
     /// [`AgentError`], with `CHECKPOINT_DAMAGED` if it is.
-    pub async fn verify_snapshot(&self, host_id: &str, snapshot_id: &str) -> Result<i64, AgentError> {
+    pub async fn verify_snapshot(&self, host_id: &str, snapshot_id: &str) -> Result<(i64, i64), AgentError> {
         let request = VerifySnapshotRequest { snapshot_id: snapshot_id.into() };
         let agent = self.agent(host_id)?;
         let call = || {
             let (mut agent, request) = (agent.clone(), within(VERIFY_DEADLINE, request.clone()));
             async move { agent.verify_snapshot(request).await }
         };
-        Ok(repeated(host_id, call).await?.verified_bytes)
+        let verified = repeated(host_id, call).await?;
+        Ok((verified.verified_bytes, verified.uploaded_bytes))
     }
 
     /// What a host has: microVMs and snapshots.

@@ -5,7 +5,8 @@
 //!                                                       └─ refuses ─► remove both ─► refuse
 //! ```
 //!
-//! A checkpoint is a record here and a snapshot of the same name on one host. Names and limits are kept by the *index* of
+//! A checkpoint is a record here and a snapshot of the same name on one host, and soon in the object store of that host, from
+//! which other hosts can make something of it ([`elsewhere`]). Names and limits are kept by the *index* of
 //! its sandbox ([`index`]), which changes in one transaction with the records ([`book`]). A host that does not answer
 //! leaves `PROCESSING`, and deleting leaves a mark; [`plan`] says what becomes of them, and of snapshots that no record
 //! wants. A checkpoint outlives its sandbox.
@@ -34,6 +35,7 @@ use crate::{
 use oc_mesh::error::Reason;
 
 pub mod book;
+mod elsewhere;
 pub mod fork;
 pub mod index;
 pub mod plan;
@@ -176,12 +178,8 @@ impl Checkpoints {
     /// Removes the snapshot of a marked checkpoint, and then its record.
     async fn finish_delete(&self, marked: &CheckpointRecord) -> Result<(), Refusal> {
         let checkpoint = shown(marked);
-        let (id, host_id) = (&checkpoint.checkpoint_id, &checkpoint.worker_id);
-        match self.sandboxes.agents.delete_snapshot(host_id, id).await {
-            // If it comes back, what it still has is wanted by nobody, and removed as such.
-            Ok(()) | Err(AgentError::NotMember(_)) => {}
-            Err(error) => return Err(error.into()),
-        }
+        let id = &checkpoint.checkpoint_id;
+        self.remove_snapshot(marked).await?;
         fail::reached(fail::DELETE_REMOVED);
         self.hand_over(id, &checkpoint.parent_id).await?;
         fail::reached(fail::DELETE_HANDED_OVER);
@@ -218,14 +216,15 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Has its host read all of a tenant's checkpoint. Returns how much that was, bytes.
+    /// Has a host read all of a tenant's checkpoint. Returns how much that was on its own host, and in the object store,
+    /// bytes.
     ///
     /// # Errors
     ///
     /// [`Refusal::CheckpointNotFound`]; that it is damaged, in its host's words.
-    pub async fn verify(&self, tenant: &str, checkpoint_id: &str) -> Result<i64, Refusal> {
+    pub async fn verify(&self, tenant: &str, checkpoint_id: &str) -> Result<(i64, i64), Refusal> {
         let record = self.usable(tenant, checkpoint_id, "").await?;
-        let host_id = shown(&record).worker_id;
+        let host_id = self.host_for(&record)?;
         self.sandboxes.agents.verify_snapshot(&host_id, checkpoint_id).await.map_err(lost_or)
     }
 
@@ -244,11 +243,11 @@ impl Checkpoints {
         checkpoint_id: &str,
     ) -> Result<oc_proto::mesh::SandboxRecord, Refusal> {
         let found = self.sandboxes.find(tenant, sandbox_id).await?.record;
-        let checkpoint = shown(&self.usable(tenant, checkpoint_id, sandbox_id).await?);
-        if checkpoint.worker_id != found.host_id {
+        let record = self.usable(tenant, checkpoint_id, sandbox_id).await?;
+        let checkpoint = shown(&record);
+        if !self.can_restore(&record, &found.host_id) {
             return Err(AgentError::NotMember(checkpoint.worker_id).into());
         }
-        self.member(&checkpoint.worker_id)?;
         let source = source_of(&checkpoint, false);
         let (this, id) = (self.sandboxes.clone(), found.sandbox_id);
         let flow = async move { this.restore(&id, source).await };

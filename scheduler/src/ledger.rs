@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     lifecycle::Denied,
-    placement::Unplaceable,
+    placement::{Like, Unplaceable},
     quota::{Quota, QuotaExceeded},
     random,
 };
@@ -54,12 +54,14 @@ pub struct Versioned {
 /// What a record is to become.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Next {
-    /// The same on a host that is chosen when it is written; `avoid` names hosts that have failed.
+    /// The same on a host that is chosen when it is written.
     Placed {
         /// What is to be placed.
         record: SandboxRecord,
         /// Hosts not to choose.
         avoid: Vec<String>,
+        /// What the host must have.
+        like: Option<Like>,
     },
     /// This, on the host that it is on, if there is room for its share.
     Reserved(SandboxRecord),

@@ -21,6 +21,29 @@ pub struct Need<'a> {
     pub share: Count,
     /// Hosts that have failed to make it.
     pub avoid: &'a [String],
+    /// What its host must have, if it is made of a snapshot that is in an object store.
+    pub like: Option<&'a Like>,
+}
+
+/// What makes a host as good for a snapshot as the one that took it. What it does not say is of no matter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Like {
+    /// The object store that has the snapshot.
+    pub object_store_id: String,
+    /// What runs its memory.
+    pub accelerator: Option<String>,
+    /// VMM and version likewise.
+    pub vmm: Option<String>,
+}
+
+impl Like {
+    /// Whether a host is.
+    pub fn is_met_by(&self, host: &HostRecord) -> bool {
+        let is = |wanted: &Option<String>, given: &str| wanted.as_ref().is_none_or(|wanted| wanted == given);
+        host.object_store_id == self.object_store_id
+            && is(&self.accelerator, &host.accelerator)
+            && is(&self.vmm, &host.vmm)
+    }
 }
 
 /// A host, and what is promised on it.
@@ -85,6 +108,9 @@ pub fn place<'a>(
 
 fn fits(need: &Need<'_>, candidate: &Candidate<'_>) -> Result<(), Unplaceable> {
     let Candidate { host, promised } = candidate;
+    if need.like.is_some_and(|like| !like.is_met_by(host)) {
+        return Err(Unplaceable::NoHost);
+    }
     if !host.templates.iter().any(|template| template == need.template_id) {
         return Err(Unplaceable::NoTemplate);
     }
@@ -126,7 +152,7 @@ mod tests {
     use super::*;
 
     const SHARE: Count = Count { sandboxes: 1, memory_mb: 1024 };
-    const NEED: Need<'_> = Need { template_id: "base", share: SHARE, avoid: &[] };
+    const NEED: Need<'_> = Need { template_id: "base", share: SHARE, avoid: &[], like: None };
 
     fn host(name: &str) -> HostRecord {
         HostRecord {
@@ -147,6 +173,35 @@ mod tests {
         let candidates: Vec<_> =
             hosts.iter().map(|(host, promised)| Candidate { host, promised: *promised }).collect();
         place(need, &candidates, &mut |_| 0).map(|host| host.host_id.clone())
+    }
+
+    #[test]
+    fn a_snapshot_goes_where_its_store_and_its_vmm_are() {
+        let of = |name: &str, store: &str, vmm: &str| HostRecord {
+            object_store_id: store.into(),
+            accelerator: "tcg".into(),
+            vmm: vmm.into(),
+            ..host(name)
+        };
+        let hosts = [
+            (of("no-store", "", "QEMU 10"), promised(0)),
+            (of("other-store", "s2", "QEMU 10"), promised(0)),
+            (of("other-vmm", "s1", "QEMU 9"), promised(0)),
+            (of("busy", "s1", "QEMU 10"), promised(9)),
+        ];
+        let live = Like {
+            object_store_id: "s1".into(),
+            accelerator: Some("tcg".into()),
+            vmm: Some("QEMU 10".into()),
+        };
+        assert_eq!(chosen(&hosts, Need { like: Some(&live), ..NEED }).unwrap(), "busy");
+        let full =
+            [(of("busy", "s1", "QEMU 10"), promised(10)), (of("other-vmm", "s1", "QEMU 9"), promised(0))];
+        assert_eq!(chosen(&full, Need { like: Some(&live), ..NEED }), Err(Unplaceable::Full));
+        // A disk boots anywhere.
+        let cold = Like { object_store_id: "s1".into(), ..Default::default() };
+        assert_eq!(chosen(&full, Need { like: Some(&cold), ..NEED }).unwrap(), "other-vmm");
+        assert_eq!(chosen(&hosts[..2], Need { like: Some(&cold), ..NEED }), Err(Unplaceable::NoHost));
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::{
     host::Host,
     journal,
     lock::{Lock, LockError},
-    membership,
+    membership::{self, Changing},
     microvm::MakeError,
     pool::Pool,
     rpc::AgentRpc,
@@ -109,7 +109,7 @@ pub async fn run(
         store,
         host_record(&config, endpoint.to_string(), backend.as_ref()),
         config.data_dir.clone(),
-        pool.ready(),
+        Changing { pool_ready: pool.ready(), object_store_id: backend.object_store_id() },
         shutdown.clone(),
     )
     .await?;
@@ -149,5 +149,6 @@ fn host_record(config: &Config, endpoint: String, backend: &dyn Backend) -> Host
         memory_capacity_mb: i64::try_from(config.memory_capacity_mb).unwrap_or(i64::MAX),
         pool_ready: 0,
         disk_free_mb: 0,
+        object_store_id: String::new(),
     }
 }

@@ -2,11 +2,13 @@
 
 use std::{
     fmt::Debug,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tonic::{Status, body::Body};
 use tower::util::BoxCloneSyncService;
 
@@ -42,12 +44,19 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// The snapshots of sandboxes' VMs that are whole.
     fn snapshots(&self) -> Vec<Captured>;
 
-    /// Removes a snapshot. What runs of it goes on. Fine if there is none.
+    /// What the object store is called that this host uses, as soon as it has said so.
+    fn object_store_id(&self) -> watch::Receiver<Option<Arc<str>>>;
+
+    /// Sees that a snapshot is on this host, and gets it from the object store if it is not. [`MakeError::NoSnapshot`] if it
+    /// is in neither.
+    async fn provide_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError>;
+
+    /// Removes a snapshot, from the object store, too. What runs of it goes on. Fine if there is none.
     async fn delete_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError>;
 
-    /// Reads all of a snapshot and compares it with its digests. Returns how much that was, bytes.
-    /// [`MakeError::Unusable`] says what is damaged.
-    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError>;
+    /// Reads all of a snapshot, wherever it is, and compares it with its digests. [`MakeError::Unusable`] says what is
+    /// damaged.
+    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<Whole, MakeError>;
 
     /// Removes what belongs to no VM: what the host's VMs share. For a host that ends for good.
     async fn clean_up(&self) -> Result<(), MakeError>;
@@ -116,6 +125,17 @@ pub struct Captured {
     pub disk_bytes: u64,
     /// SHA-256 of its manifest, hex.
     pub manifest_digest: String,
+    /// The object store that has it, too, if one has.
+    pub object_store_id: Option<Arc<str>>,
+}
+
+/// What of a snapshot was found whole, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Whole {
+    /// On this host.
+    pub here: u64,
+    /// In its object store.
+    pub uploaded: u64,
 }
 
 /// One VM of a backend. Every call may be dropped half-way: [`Instance::destroy`] removes whatever there is then.

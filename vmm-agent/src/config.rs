@@ -12,6 +12,7 @@ use oc_mesh::endpoint::Endpoint;
 
 use crate::{
     capacity::{self, Limits},
+    driver::objects,
     microvm::Kind,
     pool,
     vm::tier::Policy,
@@ -86,6 +87,11 @@ pub struct Args {
     /// Boot every sandbox: no golden snapshots, no clones, no pool.
     #[arg(long, env = "OC_NO_SNAPSHOTS")]
     pub no_snapshots: bool,
+    /// Where checkpoints are put, too, so that they do not depend on this host: `file:///path`, `s3://bucket/prefix`, or
+    /// `none`. Hosts that name the same one can make something of each other's. Credentials come from the environment
+    /// (`AWS_ACCESS_KEY_ID` and so on); a directory below the data directory where absent.
+    #[arg(long, env = "OC_OBJECT_STORE", value_name = "URL")]
+    pub object_store: Option<String>,
     /// Where this host stands: shown to users as their sandbox's region.
     #[arg(long, env = "OC_REGION", default_value = "local")]
     pub region: String,
@@ -162,6 +168,8 @@ pub struct Config {
     pub accelerator: AcceleratorChoice,
     /// Whether sandboxes are clones of golden snapshots; else each is booted.
     pub snapshots: bool,
+    /// URL of the object store, if there is one.
+    pub object_store: Option<String>,
     /// Where this host stands.
     pub region: String,
 }
@@ -248,6 +256,7 @@ impl Config {
             // The pool makes no clone, and gives none up, for the sake of a sandbox that sleeps.
             headroom_mb: if pool.shelves.iter().any(|(_, count)| *count > 0) { WAITING_CLONE_MB } else { 0 },
         };
+        let object_store = checked_object_store(args.object_store, &data_dir)?;
         Ok(Self {
             store: args.store.ok_or_else(|| invalid("--store", "is needed"))?,
             listen: args.listen.ok_or_else(|| invalid("--listen", "is needed"))?,
@@ -262,6 +271,7 @@ impl Config {
             memory_capacity_mb: total_mb.saturating_mul(u64::from(args.memory_overcommit.max(1))),
             accelerator: args.accelerator,
             snapshots: !args.no_snapshots,
+            object_store,
             region: args.region,
         })
     }
@@ -292,6 +302,22 @@ pub fn checked_host_id(text: &str) -> Result<String, ConfigError> {
 /// [`ConfigError`] for an empty path.
 pub fn absolute(option: &'static str, path: &Path) -> Result<PathBuf, ConfigError> {
     std::path::absolute(path).map_err(|error| invalid(option, error.to_string()))
+}
+
+/// What says that there is to be no object store.
+const NO_OBJECT_STORE: &str = "none";
+
+fn checked_object_store(url: Option<String>, data_dir: &Path) -> Result<Option<String>, ConfigError> {
+    let url = match url {
+        Some(url) if url == NO_OBJECT_STORE => return Ok(None),
+        Some(url) => url,
+        None => match data_dir.join("objects").to_str() {
+            Some(path) => format!("file://{path}"),
+            None => return Err(invalid("--object-store", "is needed where the data directory is not UTF-8")),
+        },
+    };
+    objects::check(&url).map_err(|error| invalid("--object-store", error.to_string()))?;
+    Ok(Some(url))
 }
 
 fn beside_this_program(name: &str) -> std::io::Result<PathBuf> {
@@ -359,6 +385,18 @@ mod tests {
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--data-image-mb", .. })));
         let bad = args(&["--memory-reserve-mb", "99999999999"]);
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--memory-reserve-mb", .. })));
+    }
+
+    #[test]
+    fn the_object_store_is_a_directory_of_its_own_unless_told() {
+        let of = |more: &[&str]| Config::new(args(more)).map(|config| config.object_store);
+        assert_eq!(of(&[]).unwrap().as_deref(), Some("file:///tmp/x/objects"));
+        assert_eq!(of(&["--object-store", "s3://b/p"]).unwrap().as_deref(), Some("s3://b/p"));
+        assert_eq!(of(&["--object-store", "none"]).unwrap(), None);
+        for bad in ["file://x", "s3://", "ftp://a", "s3://key:secret@bucket"] {
+            let refusal = of(&["--object-store", bad]).unwrap_err().to_string();
+            assert!(refusal.contains("--object-store") && !refusal.contains("secret"), "{refusal}");
+        }
     }
 
     #[test]

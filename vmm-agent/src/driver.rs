@@ -8,6 +8,7 @@
 //! - [`pages`], [`runs`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment,
 //!   on disk; [`capture`] takes it, [`shelf`] keeps those of sandboxes, [`stored`] that of one that hibernates.
 //! - [`writes`], [`userfaultfd`], [`pagemap_scan`], [`extents`], [`previous`]: what has changed since the capture before.
+//! - [`objects`]: the object store, a second place for those that are to outlive this host.
 //! - [`instance`]: all of it as the lifecycle uses it.
 //! - [`durable`]: files that are whole or not there.
 //!
@@ -30,6 +31,7 @@ pub mod instance;
 pub mod layer;
 #[cfg(test)]
 mod mapped;
+pub mod objects;
 pub mod pagemap_scan;
 pub mod pages;
 pub mod parts;
@@ -49,19 +51,21 @@ pub mod writes;
 
 use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 
+use oc_mesh::clock::SystemClock;
 use sha2::{Digest as _, Sha256};
-use tokio::task::spawn_blocking;
+use tokio::{sync::watch, task::spawn_blocking};
 
 use self::{
     cgroup::Cgroups,
     golden::Goldens,
     instance::Vm,
+    objects::{Objects, depot::Depot},
     parts::{Parts, Places},
     qemu::Qemu,
     snapshot::Place,
 };
 use crate::{
-    backend::{Backend, Captured, Instance, Scion},
+    backend::{Backend, Captured, Instance, Scion, Whole},
     config::Config,
     microvm::{Kind, MakeError},
 };
@@ -72,6 +76,7 @@ pub struct Driver {
     places: Places,
     cgroups: Cgroups,
     source: Option<(Arc<Parts>, Arc<Goldens>)>,
+    depot: Option<Arc<Depot>>,
     snapshots: bool,
 }
 
@@ -97,6 +102,12 @@ impl Driver {
             &config.guest_binary,
         )?);
         let goldens = Arc::new(Goldens::open(parts.clone())?);
+        if let Some(url) = &config.object_store {
+            let objects = Objects::open(url, Arc::new(SystemClock)).map_err(io::Error::other)?;
+            let depot = Depot::open(parts.clone(), objects, config.limits.disk_reserve_mb)?;
+            depot.start();
+            driver.depot = Some(depot);
+        }
         driver.source = Some((parts, goldens));
         driver.snapshots = config.snapshots;
         Ok(driver)
@@ -112,13 +123,16 @@ impl Driver {
         let place = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
         let digest = Sha256::digest(place.as_os_str().as_encoded_bytes());
         let cgroups = Cgroups::find(&format!("{host_id}-{}", hex::encode(&digest[..4])))?;
-        Ok(Self { places: Places::of(data_dir), cgroups, source: None, snapshots: false })
+        Ok(Self { places: Places::of(data_dir), cgroups, source: None, depot: None, snapshots: false })
     }
 
     /// Gives up what is being made in the background.
     pub async fn close(&self) {
         if let Some((_, goldens)) = &self.source {
             goldens.close().await;
+        }
+        if let Some(depot) = &self.depot {
+            depot.close().await;
         }
     }
 
@@ -198,27 +212,60 @@ impl Backend for Driver {
     }
 
     fn snapshots(&self) -> Vec<Captured> {
-        self.parts().map(|parts| parts.shelf.all()).unwrap_or_default()
+        let mut snapshots = self.parts().map(|parts| parts.shelf.all()).unwrap_or_default();
+        if let Some(depot) = &self.depot {
+            for captured in &mut snapshots {
+                captured.object_store_id = depot.store_with(&captured.snapshot_id);
+            }
+        }
+        snapshots
+    }
+
+    fn object_store_id(&self) -> watch::Receiver<Option<Arc<str>>> {
+        self.depot.as_ref().map_or_else(|| watch::Sender::new(None).subscribe(), |depot| depot.store_id())
+    }
+
+    async fn provide_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError> {
+        let (parts, id) = self.of_snapshot(snapshot_id)?;
+        match &self.depot {
+            _ if parts.shelf.has(&id) => Ok(()),
+            Some(depot) => depot.provide(&id).await,
+            // Who uses it says what is wrong with it.
+            None => Ok(()),
+        }
     }
 
     async fn delete_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError> {
         let (parts, id) = self.of_snapshot(snapshot_id)?;
+        let is_ephemeral = parts.shelf.get(&id).is_some_and(|captured| captured.circumstances.is_ephemeral);
+        // Here first: what is not here cannot be put into the store again.
         let removed = spawn_blocking(move || parts.shelf.remove(&id)).await;
         let removed = removed.map_err(|panic| MakeError::Backend(panic.to_string()))?;
-        removed.map_err(|error| MakeError::Backend(format!("cannot remove a snapshot: {error}")))
+        removed.map_err(|error| MakeError::Backend(format!("cannot remove a snapshot: {error}")))?;
+        match &self.depot {
+            Some(depot) if !is_ephemeral => depot.remove(snapshot_id).await,
+            _ => Ok(()),
+        }
     }
 
-    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError> {
+    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<Whole, MakeError> {
         let (parts, id) = self.of_snapshot(snapshot_id)?;
-        if !parts.shelf.all().iter().any(|captured| captured.snapshot_id == id) {
-            return Err(MakeError::NoSnapshot(id));
+        let is_here = parts.shelf.has(&id);
+        let uploaded = match &self.depot {
+            Some(depot) => depot.verify(&id).await?,
+            None => None,
+        };
+        if !is_here {
+            let uploaded = uploaded.ok_or(MakeError::NoSnapshot(id))?;
+            return Ok(Whole { here: 0, uploaded });
         }
         let verified = spawn_blocking(move || parts.places.snapshot(&id).verify_all()).await;
         let verified = verified.map_err(|panic| MakeError::Backend(panic.to_string()))?;
-        verified.map_err(|error| match error.kind() {
+        let here = verified.map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => MakeError::Unusable(error.to_string()),
             _ => MakeError::Backend(error.to_string()),
-        })
+        })?;
+        Ok(Whole { here, uploaded: uploaded.unwrap_or_default() })
     }
 
     async fn clean_up(&self) -> Result<(), MakeError> {

@@ -20,7 +20,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    backend::{Captured, Wanted},
+    backend::{Captured, Wanted, Whole},
     capacity::{self, Full, Limits, Room},
     identity::{Epoch, SandboxId},
     journal::{Owner, StartPath},
@@ -87,13 +87,14 @@ impl Host {
     }
 
     /// Makes the sandbox's VM and waits until its guest has answered. If the caller goes away, it is made all
-    /// the same, or undone if that fails.
+    /// the same, or undone if that fails; not, if a snapshot is still being fetched for it.
     ///
     /// # Errors
     ///
     /// [`VmError`]; after a failed start the same epoch may be tried again.
     pub async fn create(&self, owner: Owner, order: Order) -> Result<StartPath, VmError> {
         let epoch = owner.epoch;
+        self.provide(&owner, &order).await?;
         let vm = loop {
             match self.find_or_begin(owner.clone(), order.clone()) {
                 Err(VmError::Start(StartError::Full(Full::Memory { .. })))
@@ -102,6 +103,21 @@ impl Host {
             }
         };
         vm.join(epoch).await
+    }
+
+    /// Sees that the snapshot is here that a VM is to be made of which is not there yet.
+    async fn provide(&self, owner: &Owner, order: &Order) -> Result<(), StartError> {
+        let is_there = || self.find(&owner.sandbox).is_some_and(|vm| vm.owner().epoch >= owner.epoch);
+        let Some(source) = order.source.as_ref().filter(|_| !is_there()) else { return Ok(()) };
+        let provided = self.0.workshop.backend().provide_snapshot(&source.snapshot_id).await;
+        provided.map_err(|error| match error {
+            MakeError::NoSnapshot(id) => StartError::NoSnapshot(id),
+            MakeError::Unusable(reason) => StartError::Unusable(reason),
+            error => {
+                warn!(%error, snapshot_id = source.snapshot_id, "cannot fetch a snapshot");
+                StartError::Failed(error.to_string())
+            }
+        })
     }
 
     fn find_or_begin(&self, owner: Owner, order: Order) -> Result<Vm, VmError> {
@@ -239,12 +255,12 @@ impl Host {
         self.0.workshop.backend().delete_snapshot(snapshot_id).await
     }
 
-    /// Reads all of a snapshot and compares it with its digests. Returns how much that was, bytes.
+    /// Reads all of a snapshot, wherever it is, and compares it with its digests.
     ///
     /// # Errors
     ///
     /// [`MakeError`] says what is damaged.
-    pub async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError> {
+    pub async fn verify_snapshot(&self, snapshot_id: &str) -> Result<Whole, MakeError> {
         self.0.workshop.backend().verify_snapshot(snapshot_id).await
     }
 

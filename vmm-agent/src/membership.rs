@@ -1,6 +1,6 @@
 //! This host as a member: its record in the store, under a lease, kept true.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use oc_mesh::{
@@ -28,7 +28,16 @@ const DISK_EVERY: Duration = Duration::from_secs(5);
 /// Changes of free disk space below this are not worth a write, MiB.
 const DISK_STEP_MB: i64 = 256;
 
-/// Registers the host as `record` says, keeps `pool_ready` and `disk_free_mb` in it true until `cancel`, and
+/// What of a host changes by itself.
+#[derive(Clone, Debug)]
+pub struct Changing {
+    /// Clones that wait in the pool.
+    pub pool_ready: watch::Receiver<usize>,
+    /// What its object store is called, once that has said so.
+    pub object_store_id: watch::Receiver<Option<Arc<str>>>,
+}
+
+/// Registers the host as `record` says, keeps what is `changing` and `disk_free_mb` in it true until `cancel`, and
 /// leaves.
 ///
 /// # Errors
@@ -38,22 +47,23 @@ pub async fn keep(
     store: SharedStore,
     mut record: HostRecord,
     data_dir: PathBuf,
-    mut pool_ready: watch::Receiver<usize>,
+    mut changing: Changing,
     cancel: CancellationToken,
 ) -> Result<impl Future<Output = ()>, StoreError> {
-    refresh(&mut record, &data_dir, &pool_ready);
+    refresh(&mut record, &data_dir, &changing);
     let registration =
         Registration::start(store, keys::host(&record.host_id), encode(&record), LEASE).await?;
     Ok(async move {
         let mut disk = interval(DISK_EVERY);
         while !cancel.is_cancelled() {
             tokio::select! {
-                Ok(()) = pool_ready.changed() => {}
+                Ok(()) = changing.pool_ready.changed() => {}
+                Ok(()) = changing.object_store_id.changed() => {}
                 _ = disk.tick() => {}
                 () = cancel.cancelled() => break,
             }
             let before = record.clone();
-            refresh(&mut record, &data_dir, &pool_ready);
+            refresh(&mut record, &data_dir, &changing);
             if record != before
                 && let Err(error) = registration.update(encode(&record)).await
             {
@@ -70,8 +80,9 @@ pub async fn keep(
     })
 }
 
-fn refresh(record: &mut HostRecord, data_dir: &std::path::Path, pool_ready: &watch::Receiver<usize>) {
-    record.pool_ready = i32::try_from(*pool_ready.borrow()).unwrap_or(i32::MAX);
+fn refresh(record: &mut HostRecord, data_dir: &std::path::Path, changing: &Changing) {
+    record.pool_ready = i32::try_from(*changing.pool_ready.borrow()).unwrap_or(i32::MAX);
+    record.object_store_id = changing.object_store_id.borrow().as_deref().unwrap_or_default().to_owned();
     if let Ok(room) = capacity::measure(data_dir) {
         record.disk_free_mb = i64::try_from(room.disk_mb).unwrap_or(i64::MAX) / DISK_STEP_MB * DISK_STEP_MB;
     }

@@ -152,8 +152,11 @@ impl AgentService for AgentRpc {
         request: Request<VerifySnapshotRequest>,
     ) -> Result<Response<VerifySnapshotResponse>, Status> {
         let snapshot_id = parse_snapshot(request.into_inner().snapshot_id)?;
-        let bytes = self.host.verify_snapshot(&snapshot_id).await.map_err(|error| snapshot_status(&error))?;
-        Ok(Response::new(VerifySnapshotResponse { verified_bytes: signed(bytes) }))
+        let whole = self.host.verify_snapshot(&snapshot_id).await.map_err(|error| snapshot_status(&error))?;
+        Ok(Response::new(VerifySnapshotResponse {
+            verified_bytes: signed(whole.here),
+            uploaded_bytes: signed(whole.uploaded),
+        }))
     }
 }
 
@@ -172,6 +175,7 @@ fn snapshot(captured: &Captured) -> Snapshot {
         freeze_us: micros(circumstances.freeze),
         manifest_digest: captured.manifest_digest.clone(),
         created_at: Some(circumstances.taken_at.into()),
+        object_store_id: captured.object_store_id.as_deref().unwrap_or_default().to_owned(),
     }
 }
 

@@ -20,6 +20,9 @@ const WAKES: &str = "oc_agent_wakes_total";
 const LOST: &str = "oc_agent_vms_lost_total";
 const POOL_READY: &str = "oc_agent_pool_ready";
 const POOL_FAILED: &str = "oc_agent_pool_failures_total";
+const UPLOADED: &str = "oc_agent_snapshots_uploaded_total";
+const CHUNKS_PUT: &str = "oc_agent_chunks_put_total";
+const FETCHED: &str = "oc_agent_snapshots_fetched_total";
 
 /// Tells the recorder what the numbers mean. Called once, by the process that owns it.
 pub fn describe() {
@@ -38,6 +41,9 @@ pub fn describe() {
     describe_counter!(LOST, "VMs of sandboxes that ran and were lost");
     describe_gauge!(POOL_READY, "Clones that wait in the pool");
     describe_counter!(POOL_FAILED, "Clones that could not be made for the pool or died in it");
+    describe_counter!(UPLOADED, "Snapshots that were put into the object store, or found there");
+    describe_counter!(CHUNKS_PUT, "Chunks of snapshots that were put into the object store");
+    describe_counter!(FETCHED, "Snapshots that were fetched from the object store");
 }
 
 /// Times one create.
@@ -136,6 +142,17 @@ pub fn attempt_failed(path: StartPath) {
 pub fn pool_ready(ready: usize) {
     // No pool holds anywhere near 2^32 clones.
     gauge!(POOL_READY).set(f64::from(u32::try_from(ready).unwrap_or(u32::MAX)));
+}
+
+/// A snapshot is in the object store, of which so many chunks were put.
+pub fn uploaded(chunks_put: usize) {
+    counter!(UPLOADED).increment(1);
+    counter!(CHUNKS_PUT).increment(chunks_put as u64);
+}
+
+/// A snapshot was fetched from the object store.
+pub fn fetched() {
+    counter!(FETCHED).increment(1);
 }
 
 /// A clone could not be made for the pool, or died in it.

@@ -82,6 +82,33 @@ async fn a_clone_that_waits_takes_a_snapshot_on_and_a_new_vm_does_where_it_canno
 }
 
 #[tokio::test]
+async fn a_snapshot_that_is_not_here_is_fetched_before_anything_is_made_or_ended() {
+    let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
+    let agent = running(&world, dir.path()).await;
+    let taken = capture(&agent, "cp-1").await.unwrap();
+    world.snapshots.lock().clear();
+    world.store.lock().extend([("cp-1".to_owned(), Some(taken)), ("cp-2".to_owned(), None)]);
+    let vm = world.vm_of(NAME);
+    for (snapshot_id, number) in [("cp-none", 2), ("cp-2", 3)] {
+        let refused = agent.host.create(owner(NAME, number), from(snapshot_id, false)).await;
+        match refused {
+            Err(VmError::Start(StartError::NoSnapshot(_))) => assert_eq!(snapshot_id, "cp-none"),
+            Err(VmError::Start(StartError::Unusable(_))) => assert_eq!(snapshot_id, "cp-2"),
+            other => panic!("{other:?}"),
+        }
+        assert!(!vm.exit.is_cancelled() && agent.host.find(&id(NAME)).unwrap().open_call().is_ok());
+    }
+    let made = agent.host.create(owner("sb-fork", 1), from("cp-1", false)).await;
+    assert_eq!(made.unwrap(), StartPath::Restored);
+    assert_eq!(agent.host.create(owner(NAME, 4), from("cp-1", false)).await.unwrap(), StartPath::Restored);
+    assert!(vm.exit.is_cancelled());
+    // One that runs of it already needs it no more.
+    world.snapshots.lock().clear();
+    world.store.lock().clear();
+    assert_eq!(agent.host.create(owner(NAME, 4), from("cp-1", false)).await.unwrap(), StartPath::Restored);
+}
+
+#[tokio::test]
 async fn what_cannot_be_captured_runs_on() {
     let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
     let agent = running(&world, dir.path()).await;

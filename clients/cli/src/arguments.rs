@@ -309,6 +309,10 @@ pub struct UpArguments {
     /// Record store, file:///PATH or etcd://HOST:PORT[,HOST:PORT] [default: store.db in the state directory]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
+    /// Where checkpoints are put, too: file:///PATH, s3://BUCKET[/PREFIX] with credentials from the environment, or none
+    /// [default: objects in the state directory]
+    #[arg(long, value_name = "URL", env = "OC_OBJECT_STORE")]
+    pub object_store: Option<String>,
     /// Templates [default: /var/cache/opencomputer/images]
     #[arg(long, value_name = "DIR", env = "OC_IMAGE_DIR")]
     pub image_dir: Option<PathBuf>,

@@ -156,7 +156,7 @@ fn damaged_checkpoints_hide_none_of_the_others() {
     let [damaged, good] = ["damaged", "good"].map(|name| checkpoint(&shell, &sandbox, name));
     assert_eq!(
         shell.ok(&format!("checkpoint fsck {good}")),
-        format!("ID                       RESULT  READ    ERROR\n{good}  ok      7.0MiB\n")
+        format!("ID                       RESULT  READ    UPLOADED  ERROR\n{good}  ok      7.0MiB  2.0MiB\n")
     );
     let output = shell.run(&format!("checkpoint fsck {damaged} {good} --json"));
     assert_eq!(output.status.code(), Some(5));
@@ -170,7 +170,7 @@ fn damaged_checkpoints_hide_none_of_the_others() {
                 "error": "disk.img: chunk 3 has another digest",
                 "code": "CHECKPOINT_DAMAGED",
             },
-            { "id": good, "ok": true, "verifiedBytes": 7 << 20 },
+            { "id": good, "ok": true, "verifiedBytes": 7 << 20, "uploadedBytes": 2 << 20 },
         ])
     );
     let error: Value = serde_json::from_slice(&output.stderr).unwrap();

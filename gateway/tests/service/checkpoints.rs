@@ -108,7 +108,7 @@ impl CheckpointService for FakeScheduler {
         if request.get_ref().checkpoint_id == "cp-damaged" {
             return Err(status(Reason::CheckpointDamaged, "memory.img differs"));
         }
-        Ok(Response::new(VerifyCheckpointResponse { verified_bytes: 7 }))
+        Ok(Response::new(VerifyCheckpointResponse { verified_bytes: 7, uploaded_bytes: 5 }))
     }
 
     async fn fork_checkpoint(
@@ -196,7 +196,7 @@ async fn a_restore_has_a_json_content_type_and_nothing_behind_it() {
         mesh.call(Method::POST, &format!("/api/sandboxes/{SANDBOX}/checkpoints/cp-none/restore"), "").await;
     assert_eq!(missing.error(), (404, "CHECKPOINT_NOT_FOUND".to_owned()));
     let verified = mesh.call(Method::POST, &format!("/api/checkpoints/{CHECKPOINT}/verify"), "").await;
-    assert_eq!(verified.json(), json!({"verifiedBytes": 7}));
+    assert_eq!(verified.json(), json!({"verifiedBytes": 7, "uploadedBytes": 5}));
     let damaged = mesh.call(Method::POST, "/api/checkpoints/cp-damaged/verify", "").await;
     assert_eq!(damaged.error(), (500, "CHECKPOINT_DAMAGED".to_owned()));
     assert!(damaged.json()["error"].as_str().unwrap().contains("memory.img"), "its user may know what");

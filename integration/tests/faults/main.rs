@@ -6,6 +6,7 @@ mod chains;
 mod chaos;
 mod disk;
 mod etcd;
+mod hosts;
 mod killed;
 mod sleepers;
 mod steps;
@@ -41,6 +42,8 @@ fn main() -> ExitCode {
             what_was_made_of_an_older_build_goes_on;
         etcd:
             a_mesh_on_etcd_outlives_its_server;
+        hosts:
+            a_checkpoint_outlives_its_host;
     };
     suite.one_at_a_time().run(|| Ok(()), Ok)
 }

@@ -6,7 +6,8 @@
 //!   write each record, reserved ──┘                                       └─ one fails ─► end the others ─► refuse
 //! ```
 //!
-//! Each is created as any other sandbox is, on the host that has the snapshot. That of a sandbox that is forked is for use
+//! Each is created as any other sandbox is, on the host that has the snapshot, or on another one that uses the object store
+//! which has it, too. That of a sandbox that is forked is for use
 //! at once, and removed when all have it.
 
 use std::{collections::HashMap, time::Duration};
@@ -18,7 +19,7 @@ use oc_proto::{
 };
 use tokio::task::JoinSet;
 
-use super::{Checkpoints, shown, source_of};
+use super::{Checkpoints, elsewhere::like_of, shown, source_of};
 use crate::{
     fail, random,
     refusal::Refusal,
@@ -97,13 +98,17 @@ impl Checkpoints {
                 disk_mb: checkpoint.disk_mb,
             },
             timeout: validate::DEFAULT_TIMEOUT,
-            envs: record.envs,
+            envs: record.envs.clone(),
             metadata: Default::default(),
         };
         let order = validate::fork_order(of, wanted.timeout, wanted.envs, wanted.metadata)?;
-        self.member(&checkpoint.worker_id)?;
+        let elsewhere = like_of(&record, wanted.is_cold);
+        if elsewhere.is_none() {
+            self.member(&checkpoint.worker_id)?;
+        }
         let origin = Origin {
             host_id: checkpoint.worker_id.clone(),
+            elsewhere,
             source: source_of(&checkpoint, wanted.is_cold),
             captured: futures_util::future::ready(Ok(Snapshot::default())).boxed().shared(),
             from_checkpoint_id: checkpoint.checkpoint_id.clone(),
@@ -177,6 +182,8 @@ impl Checkpoints {
         let captured = captured.boxed().shared();
         let origin = Origin {
             host_id: host_id.clone(),
+            // It is for use at once, and in no store.
+            elsewhere: None,
             source,
             captured: captured.clone(),
             from_checkpoint_id: String::new(),

@@ -29,6 +29,8 @@ pub enum Action {
     Fail,
     /// It is marked: remove it.
     FinishDelete,
+    /// The object store of this name has it, too.
+    NoteUploaded(String),
     /// Its policy was not carried out.
     Retire,
     /// A snapshot that nobody wants.
@@ -43,6 +45,7 @@ impl Action {
             Self::Abandon => "abandon_checkpoint",
             Self::Fail => "fail_checkpoint",
             Self::FinishDelete => "finish_delete_checkpoint",
+            Self::NoteUploaded(_) => "note_uploaded_checkpoint",
             Self::Retire => "retire_checkpoints",
             Self::EndStray => "end_stray_snapshot",
         }
@@ -75,7 +78,12 @@ pub fn judge(
         (CheckpointState::Processing, None) => {
             is_old(checkpoint.created_at, moment).then_some(Action::Abandon)
         }
+        // Its host gets it from there when it needs it.
+        (CheckpointState::Ready, None) if !record.object_store_id.is_empty() => None,
         (CheckpointState::Ready, None) => Some(Action::Fail),
+        (CheckpointState::Ready, Some(snapshot)) if is_new_place(record, snapshot) => {
+            Some(Action::NoteUploaded(snapshot.object_store_id.clone()))
+        }
         (CheckpointState::Ready, Some(_)) if record.retention_policy.is_some() => {
             is_old(checkpoint.created_at, moment).then_some(Action::Retire)
         }
@@ -93,6 +101,11 @@ pub fn judge_without_host(record: &CheckpointRecord, is_live: bool, moment: Mome
         // It may come back with it.
         _ => None,
     }
+}
+
+/// Whether its host has put it into a store that its record does not name. One that has just started may not know yet.
+fn is_new_place(record: &CheckpointRecord, snapshot: &Snapshot) -> bool {
+    !snapshot.object_store_id.is_empty() && snapshot.object_store_id != record.object_store_id
 }
 
 fn is_old(created_at: Option<prost_types::Timestamp>, moment: Moment) -> bool {
@@ -156,6 +169,27 @@ mod tests {
             Some(Action::Finish(snapshot()))
         );
         assert_eq!(judge(Some(&failed), None, false, moment(60)), None);
+    }
+
+    #[test]
+    fn what_is_in_a_store_is_noted_and_is_not_lost_with_its_host() {
+        let in_store = |record: CheckpointRecord| CheckpointRecord { object_store_id: "s1".into(), ..record };
+        let put = Snapshot { object_store_id: "s1".into(), ..snapshot() };
+        let ready = record(CheckpointState::Ready);
+        assert_eq!(
+            judge(Some(&ready), Some(&put), false, moment(1)),
+            Some(Action::NoteUploaded("s1".into()))
+        );
+        let noted = in_store(ready);
+        for listed in [Some(&put), Some(&snapshot()), None] {
+            assert_eq!(judge(Some(&noted), listed, false, moment(60)), None);
+        }
+        assert_eq!(judge_without_host(&noted, false, moment(60)), None);
+        let moved = Snapshot { object_store_id: "s2".into(), ..snapshot() };
+        assert_eq!(
+            judge(Some(&noted), Some(&moved), false, moment(1)),
+            Some(Action::NoteUploaded("s2".into()))
+        );
     }
 
     #[test]

@@ -12,6 +12,7 @@ use oc_proto::{
 
 use super::{
     Checkpoints,
+    elsewhere::uploaded,
     plan::{Action, judge, judge_without_host},
     shown,
     take::is_processing,
@@ -93,6 +94,9 @@ impl Checkpoints {
             (Action::Abandon, Some(_)) => self.book.remove_if(id, is_processing).await?,
             (Action::Fail, Some(_)) => {
                 self.book.update(id, failed).await?;
+            }
+            (Action::NoteUploaded(store), Some(_)) => {
+                self.book.update(id, |record| uploaded(record, store)).await?;
             }
             (Action::FinishDelete, Some(record)) => self.finish_delete(&record).await?,
             (Action::Retire, Some(record)) => self.retire(&record).await?,

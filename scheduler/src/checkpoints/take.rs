@@ -6,7 +6,7 @@ use oc_proto::{
     v1::{Checkpoint, CheckpointKind, CheckpointState, RetentionPolicy, SandboxState},
 };
 
-use super::{Checkpoints, PREFIX, index, shown};
+use super::{Checkpoints, PREFIX, elsewhere::uploaded, index, shown};
 use crate::{
     agents::AgentError,
     fail, lifecycle,
@@ -135,6 +135,9 @@ impl Checkpoints {
     }
 
     fn draft(&self, id: &str, sandbox: &SandboxRecord, order: Order) -> CheckpointRecord {
+        let host = self.sandboxes.agents.hosts().get(&sandbox.host_id);
+        let (accelerator, vmm) =
+            host.map(|host| (host.accelerator.clone(), host.vmm.clone())).unwrap_or_default();
         let size = sandbox.size.unwrap_or_default();
         let checkpoint = Checkpoint {
             checkpoint_id: id.into(),
@@ -157,6 +160,9 @@ impl Checkpoints {
             envs: sandbox.envs.clone(),
             deleting: false,
             retention_policy: order.policy,
+            object_store_id: String::new(),
+            accelerator,
+            vmm,
         }
     }
 
@@ -228,5 +234,6 @@ fn ready(record: &CheckpointRecord, snapshot: &Snapshot) -> CheckpointRecord {
         failure: String::new(),
         ..shown(record)
     };
-    CheckpointRecord { checkpoint: Some(checkpoint), ..record.clone() }
+    let record = CheckpointRecord { checkpoint: Some(checkpoint), ..record.clone() };
+    uploaded(&record, &snapshot.object_store_id)
 }

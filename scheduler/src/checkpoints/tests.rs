@@ -15,6 +15,7 @@ use crate::{
     refusal::Refusal,
 };
 
+mod elsewhere;
 mod host;
 mod mesh;
 
@@ -33,7 +34,7 @@ async fn checkpoints_are_taken_listed_and_deleted_and_outlive_their_sandbox() {
     let second = mesh.take(&sandbox, "second").await.unwrap();
     assert_eq!(shown(&second).parent_id, first.checkpoint_id);
     assert_eq!(mesh.names().await, ["first", "second"]);
-    assert_eq!(mesh.checkpoints.verify(TENANT, &first.checkpoint_id).await.unwrap(), 4096);
+    assert_eq!(mesh.checkpoints.verify(TENANT, &first.checkpoint_id).await.unwrap(), (4096, 0));
 
     let (id, checkpoints) = (&first.checkpoint_id, &mesh.checkpoints);
     assert_eq!(reason(checkpoints.get("others", id, "").await), Reason::CheckpointNotFound);

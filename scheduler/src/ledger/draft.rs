@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     lifecycle,
-    placement::{self, Candidate, Need},
+    placement::{self, Candidate, Like, Need},
     quota::Quota,
 };
 
@@ -62,7 +62,9 @@ impl<'a> Draft<'a> {
     ) -> Result<Option<SandboxRecord>, LedgerError> {
         let before = change.from.as_ref().map(|from| &from.record);
         let next = match &change.to {
-            Next::Placed { record, avoid } => Some(self.place(before, record, avoid, draw)?),
+            Next::Placed { record, avoid, like } => {
+                Some(self.place(before, record, (avoid, like.as_ref()), draw)?)
+            }
             Next::Reserved(record) => {
                 self.fits(before, record)?;
                 Some(record.clone())
@@ -96,7 +98,7 @@ impl<'a> Draft<'a> {
         &self,
         before: Option<&SandboxRecord>,
         record: &SandboxRecord,
-        avoid: &[String],
+        (avoid, like): (&[String], Option<&Like>),
         draw: &mut dyn FnMut(usize) -> usize,
     ) -> Result<SandboxRecord, LedgerError> {
         let share = Count::of(record);
@@ -107,7 +109,7 @@ impl<'a> Draft<'a> {
         let promised = |host: &HostRecord| self.count(&Account::Host(host.host_id.clone()));
         let candidates: Vec<_> =
             self.limits.hosts.iter().map(|host| Candidate { host, promised: promised(host) }).collect();
-        let need = Need { template_id: &record.template_id, share, avoid };
+        let need = Need { template_id: &record.template_id, share, avoid, like };
         let host = placement::place(need, &candidates, draw)?;
         Ok(lifecycle::place(record, &host.host_id)?)
     }
@@ -125,7 +127,7 @@ impl<'a> Draft<'a> {
         let promised = self.count(&Account::Host(record.host_id.clone()));
         let hosts = self.limits.hosts.iter().filter(|host| host.host_id == record.host_id);
         let candidates: Vec<_> = hosts.map(|host| Candidate { host, promised }).collect();
-        let need = Need { template_id: &record.template_id, share, avoid: &[] };
+        let need = Need { template_id: &record.template_id, share, avoid: &[], like: None };
         placement::place(need, &candidates, &mut |_| 0)?;
         Ok(())
     }

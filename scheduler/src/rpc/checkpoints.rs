@@ -112,9 +112,9 @@ impl CheckpointService for CheckpointRpc {
         request: Request<VerifyCheckpointRequest>,
     ) -> Result<Response<VerifyCheckpointResponse>, Status> {
         let caller = key_caller(&request)?;
-        let verified_bytes =
+        let (verified_bytes, uploaded_bytes) =
             self.checkpoints.verify(&caller.tenant, &request.get_ref().checkpoint_id).await?;
-        Ok(Response::new(VerifyCheckpointResponse { verified_bytes }))
+        Ok(Response::new(VerifyCheckpointResponse { verified_bytes, uploaded_bytes }))
     }
 
     async fn fork_checkpoint(

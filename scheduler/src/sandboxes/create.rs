@@ -23,6 +23,7 @@ use crate::{
     fail,
     ledger::{Change, LedgerError, Next, Versioned},
     lifecycle::{self, Denied},
+    placement::Like,
     refusal::Refusal,
     sandbox_id::SandboxId,
     telemetry,
@@ -45,6 +46,9 @@ pub(crate) type Captured = Shared<BoxFuture<'static, Result<Snapshot, AgentError
 pub(crate) struct Origin {
     /// The host that has the snapshot.
     pub(crate) host_id: String,
+    /// What another host must have to do as well, if the snapshot is in an object store: it is asked if that one is gone or
+    /// has no room.
+    pub(crate) elsewhere: Option<Like>,
     /// The snapshot.
     pub(crate) source: SnapshotSource,
     /// Completes when it was taken.
@@ -58,15 +62,14 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
-    /// The record of a sandbox that is made of it.
+    /// The record of a sandbox that is made of it, on whichever host.
     fn apply(&self, draft: SandboxRecord) -> SandboxRecord {
-        let record = SandboxRecord {
+        SandboxRecord {
             from_checkpoint_id: self.from_checkpoint_id.clone(),
             checkpoint_id: self.parent_id.clone(),
             forked_from: self.forked_from.clone(),
             ..draft
-        };
-        lifecycle::draft_on(record, &self.host_id)
+        }
     }
 }
 
@@ -136,11 +139,7 @@ impl Sandboxes {
         let _live = self.flows.enter(id.as_str());
         let until = Instant::now() + BUDGET;
         let draft = lifecycle::draft(id, tenant, order, self.clock.now());
-        let to = match &origin {
-            None => Next::Placed { record: draft, avoid: Vec::new() },
-            Some(origin) => Next::Reserved(origin.apply(draft)),
-        };
-        let mut placed = self.write(id, None, to).await?;
+        let mut placed = self.place(id, draft, origin.as_ref()).await?;
         fail::reached(fail::CREATE_RECORDED);
         let mut snapshot = None;
         if let Some(Origin { captured, source, .. }) = &origin {
@@ -163,12 +162,13 @@ impl Sandboxes {
             tracing::warn!(sandbox_id = %id, host_id = record.host_id, error = %failure, "host did not make it");
             self.clean_up(&placed, &failure);
             tried.push(record.host_id.clone());
-            // A snapshot is on one host.
+            let like = origin.as_ref().and_then(|origin| origin.elsewhere.clone());
+            // A snapshot may be on one host alone.
             let may_go_on = failure.is_of_this_host()
-                && origin.is_none()
+                && (origin.is_none() || like.is_some())
                 && tried.len() < MAX_HOSTS
                 && Instant::now() < until;
-            let next = if may_go_on { self.place_again(id, &placed, &tried).await? } else { None };
+            let next = if may_go_on { self.place_again(id, &placed, &tried, like).await? } else { None };
             match next {
                 Some(next) => placed = next,
                 None => {
@@ -176,6 +176,27 @@ impl Sandboxes {
                     return Err(failure.into());
                 }
             }
+        }
+    }
+
+    /// Writes its record down for the first time: on the host that has its snapshot, if it is of one and that host takes it.
+    async fn place(
+        &self,
+        id: &SandboxId,
+        draft: SandboxRecord,
+        origin: Option<&Origin>,
+    ) -> Result<Versioned, LedgerError> {
+        let Some(origin) = origin else {
+            return self.write(id, None, Next::Placed { record: draft, avoid: Vec::new(), like: None }).await;
+        };
+        let record = origin.apply(draft);
+        let there = lifecycle::draft_on(record.clone(), &origin.host_id);
+        match (self.write(id, None, Next::Reserved(there)).await, &origin.elsewhere) {
+            (Err(LedgerError::Unplaceable(_)), Some(like)) => {
+                let avoid = vec![origin.host_id.clone()];
+                self.write(id, None, Next::Placed { record, avoid, like: Some(like.clone()) }).await
+            }
+            (placed, _) => placed,
         }
     }
 
@@ -207,8 +228,9 @@ impl Sandboxes {
         id: &SandboxId,
         placed: &Versioned,
         tried: &[String],
+        like: Option<Like>,
     ) -> Result<Option<Versioned>, Refusal> {
-        let to = Next::Placed { record: placed.record.clone(), avoid: tried.to_vec() };
+        let to = Next::Placed { record: placed.record.clone(), avoid: tried.to_vec(), like };
         match self.write(id, Some(placed.clone()), to).await {
             Ok(next) => {
                 telemetry::placed_again();

@@ -43,6 +43,8 @@ pub struct Places {
     pub goldens: PathBuf,
     /// Snapshots of sandboxes' VMs.
     pub snapshots: PathBuf,
+    /// What the images of snapshots are made of in the object store.
+    pub chunk_lists: PathBuf,
     /// What can be made again.
     pub cache: PathBuf,
 }
@@ -54,6 +56,7 @@ impl Places {
             homes: data_dir.join("vms"),
             goldens: data_dir.join("golden"),
             snapshots: data_dir.join("snapshots"),
+            chunk_lists: data_dir.join("chunk-lists"),
             cache: data_dir.join("cache"),
         }
     }
@@ -69,8 +72,11 @@ impl Places {
             fs::set_permissions(dir, Permissions::from_mode(0o711))?;
         }
         // What is in them is their sandboxes' own: no VM's user comes in.
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.snapshots)?;
-        fs::set_permissions(&self.snapshots, Permissions::from_mode(0o700))
+        for dir in [&self.snapshots, &self.chunk_lists] {
+            DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+        }
+        Ok(())
     }
 
     /// Removes them, with all that is in them.
@@ -79,7 +85,7 @@ impl Places {
     ///
     /// If something resists.
     pub fn remove(&self) -> io::Result<()> {
-        [&self.goldens, &self.cache, &self.snapshots, &self.homes]
+        [&self.goldens, &self.cache, &self.chunk_lists, &self.snapshots, &self.homes]
             .into_iter()
             .try_for_each(|dir| durable::remove(dir))
     }

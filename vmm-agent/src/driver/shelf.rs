@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, io, path::PathBuf};
 
 use fs_err as fs;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tracing::warn;
 
 use super::{
@@ -37,6 +38,7 @@ pub fn is_id(text: &str) -> bool {
 pub struct Shelf {
     places: Places,
     whole: Mutex<BTreeMap<String, Captured>>,
+    added: watch::Sender<()>,
 }
 
 impl Shelf {
@@ -66,12 +68,27 @@ impl Shelf {
                 Err(error) => warn!(id, %error, "a snapshot is damaged"),
             }
         }
-        Ok(Self { places: places.clone(), whole: Mutex::new(whole) })
+        Ok(Self { places: places.clone(), whole: Mutex::new(whole), added: watch::Sender::new(()) })
     }
 
     /// Those that are whole.
     pub fn all(&self) -> Vec<Captured> {
         self.whole.lock().values().cloned().collect()
+    }
+
+    /// The one of that name, if it is whole.
+    pub fn get(&self, id: &str) -> Option<Captured> {
+        self.whole.lock().get(id).cloned()
+    }
+
+    /// Whether one of that name is whole.
+    pub fn has(&self, id: &str) -> bool {
+        self.whole.lock().contains_key(id)
+    }
+
+    /// Changes whenever one is added.
+    pub fn watch(&self) -> watch::Receiver<()> {
+        self.added.subscribe()
     }
 
     /// Adds one that was just published.
@@ -84,6 +101,7 @@ impl Shelf {
             self.places.snapshot(id).read_with_digest()?.ok_or(io::ErrorKind::NotFound)?;
         let captured = captured(id, &manifest, digest);
         self.whole.lock().insert(id.to_owned(), captured.clone());
+        self.added.send_replace(());
         Ok(captured)
     }
 
@@ -110,6 +128,7 @@ fn captured(id: &str, manifest: &Manifest, manifest_digest: String) -> Captured 
         memory_changed_bytes: manifest.memory_changed_bytes(),
         disk_bytes: manifest.disk_bytes(),
         manifest_digest,
+        object_store_id: None,
     }
 }
 

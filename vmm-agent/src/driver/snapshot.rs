@@ -187,6 +187,11 @@ impl Place {
         Self(home.dir().join("stored"))
     }
 
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.0
+    }
+
     /// The image of the memory.
     pub fn memory(&self) -> PathBuf {
         self.0.join(MEMORY)

@@ -26,7 +26,7 @@ use oc_proto::{
     },
 };
 use oc_vmm_agent::{
-    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Scion, Wanted},
+    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Scion, Wanted, Whole},
     capacity::Limits,
     host::Host,
     identity::{Epoch, SandboxId},
@@ -37,7 +37,10 @@ use oc_vmm_agent::{
     workshop::Workshop,
 };
 use parking_lot::Mutex;
-use tokio::{sync::Notify, task::JoinHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use tower::{ServiceExt as _, util::BoxCloneSyncService};
@@ -68,6 +71,8 @@ pub struct World {
     pub restless: AtomicUsize,
     /// What was taken of VMs, by name.
     pub snapshots: Mutex<BTreeMap<String, Captured>>,
+    /// What other hosts have put into the object store; one that is damaged there is `None`.
+    pub store: Mutex<BTreeMap<String, Option<Captured>>>,
     /// How many of the next captures fail, and how many snapshots are found damaged.
     pub failing_captures: AtomicUsize,
     pub damaged_snapshots: AtomicUsize,
@@ -261,9 +266,26 @@ impl Backend for FakeBackend {
         Ok(())
     }
 
-    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<u64, MakeError> {
+    fn object_store_id(&self) -> watch::Receiver<Option<Arc<str>>> {
+        watch::Sender::new(None).subscribe()
+    }
+
+    async fn provide_snapshot(&self, snapshot_id: &str) -> Result<(), MakeError> {
+        if self.0.snapshots.lock().contains_key(snapshot_id) {
+            return Ok(());
+        }
+        self.0.step().await;
+        match self.0.store.lock().get(snapshot_id).cloned() {
+            Some(Some(captured)) => drop(self.0.snapshots.lock().insert(snapshot_id.into(), captured)),
+            Some(None) => return Err(MakeError::Unusable("the object store's copy is damaged".into())),
+            None => return Err(MakeError::NoSnapshot(snapshot_id.into())),
+        }
+        Ok(())
+    }
+
+    async fn verify_snapshot(&self, snapshot_id: &str) -> Result<Whole, MakeError> {
         match self.0.snapshots.lock().get(snapshot_id) {
-            Some(captured) => Ok(captured.bytes),
+            Some(captured) => Ok(Whole { here: captured.bytes, uploaded: 0 }),
             None => Err(MakeError::NoSnapshot(snapshot_id.into())),
         }
     }
@@ -350,6 +372,7 @@ impl Instance for FakeInstance {
             memory_changed_bytes: 0,
             disk_bytes: 0,
             manifest_digest: String::new(),
+            object_store_id: None,
         };
         self.world.snapshots.lock().insert(wanted.snapshot_id, captured.clone());
         self.world.step().await;

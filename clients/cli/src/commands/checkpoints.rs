@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use oc_proto::v1::{
     Checkpoint, CheckpointKind, CheckpointState, CreateCheckpointRequest, DeleteCheckpointRequest,
     GetCheckpointRequest, ListCheckpointsRequest, RestoreCheckpointRequest, RetentionMode, RetentionPolicy,
-    VerifyCheckpointRequest,
+    VerifyCheckpointRequest, VerifyCheckpointResponse,
 };
 use serde_json::{Value as Json, json};
 
@@ -127,8 +127,8 @@ async fn restore(
 /// What became of verifying one checkpoint.
 struct Verified {
     id: String,
-    /// Bytes that were read and compared.
-    result: Result<i64, Failure>,
+    /// What was read and compared.
+    result: Result<VerifyCheckpointResponse, Failure>,
 }
 
 /// Tries all, says what became of each, and fails with the first error.
@@ -141,8 +141,7 @@ async fn verify(connection: &Connection, ids: Vec<String>, output: Output) -> Re
         .map(async |id: String| {
             let request = VerifyCheckpointRequest { checkpoint_id: id.clone() };
             let answer = connection.checkpoints().verify_checkpoint(within(VERIFY_TIMEOUT, request)).await;
-            let result = answer.map(|answer| answer.into_inner().verified_bytes).map_err(Failure::from);
-            Verified { id, result }
+            Verified { id, result: answer.map(|answer| answer.into_inner()).map_err(Failure::from) }
         })
         .buffered(VERIFICATIONS_AT_ONCE);
     let verified: Vec<_> = progress::during(what, verifications.collect()).await;
@@ -152,7 +151,12 @@ async fn verify(connection: &Connection, ids: Vec<String>, output: Output) -> Re
 
 fn verdict(verified: &Verified) -> Json {
     match &verified.result {
-        Ok(bytes) => json!({ "id": verified.id, "ok": true, "verifiedBytes": bytes }),
+        Ok(VerifyCheckpointResponse { verified_bytes, uploaded_bytes }) => json!({
+            "id": verified.id,
+            "ok": true,
+            "verifiedBytes": verified_bytes,
+            "uploadedBytes": uploaded_bytes,
+        }),
         Err(failure) => {
             json!({ "id": verified.id, "ok": false, "error": failure.to_string(), "code": failure.code() })
         }
@@ -161,13 +165,15 @@ fn verdict(verified: &Verified) -> Json {
 
 fn verdicts(verified: &[Verified]) -> String {
     let rows = verified.iter().map(|checkpoint| {
-        let (result, read, error) = match &checkpoint.result {
-            Ok(bytes) => ("ok".to_owned(), mib(*bytes), String::new()),
-            Err(failure) => (failure.code(), String::new(), failure.to_string()),
+        let (result, read, uploaded, error) = match &checkpoint.result {
+            Ok(verified) => {
+                ("ok".to_owned(), mib(verified.verified_bytes), mib(verified.uploaded_bytes), String::new())
+            }
+            Err(failure) => (failure.code(), String::new(), String::new(), failure.to_string()),
         };
-        [checkpoint.id.clone(), result, read, error]
+        [checkpoint.id.clone(), result, read, uploaded, error]
     });
-    output::table(["ID", "RESULT", "READ", "ERROR"], rows)
+    output::table(["ID", "RESULT", "READ", "UPLOADED", "ERROR"], rows)
 }
 
 /// IDs of all checkpoints that should be whole: one that is being taken is not yet.
@@ -225,6 +231,7 @@ fn details(checkpoint: &Checkpoint) -> String {
         ("memory", format!("{} MiB", checkpoint.memory_mb)),
         ("disk", format!("{} MiB", checkpoint.disk_mb)),
         ("host", checkpoint.worker_id.clone()),
+        ("uploaded", if checkpoint.is_uploaded { "yes" } else { "no" }.to_owned()),
         ("manifest", checkpoint.manifest_digest.clone()),
     ])
 }

@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | `api-key` | the key, for its owner only | stays |
 //! | `store.db*` | the embedded record store | stays |
+//! | `objects/` | the object store: what checkpoints are made of | stays |
 //! | `log/` | a log per service | stays |
 //! | `agent/` | the vmm-agent's: disks, journals, images made from templates | image caches stay |
 //! | `agent.img` | the filesystem that `agent/` is on, with `--data-image-mb` | removed |
@@ -87,6 +88,11 @@ impl Layout {
     /// The embedded store.
     pub fn store(&self) -> PathBuf {
         self.root.join("store.db")
+    }
+
+    /// The object store, if none is named.
+    pub fn objects(&self) -> PathBuf {
+        self.root.join("objects")
     }
 
     /// The vmm-agent's directory.

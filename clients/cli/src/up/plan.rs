@@ -55,6 +55,7 @@ pub struct Plan {
     paused_for: Option<u32>,
     data_image_mb: Option<u32>,
     no_snapshots: bool,
+    object_store: String,
     public_url: Option<String>,
     accelerator: String,
 }
@@ -101,6 +102,10 @@ impl Plan {
             Some(url) => checked_store(url)?,
             None => format!("file://{}", text(&layout.store())?),
         };
+        let object_store = match &arguments.object_store {
+            Some(url) => checked_object_store(url)?,
+            None => format!("file://{}", text(&layout.objects())?),
+        };
         let on_etcd = store.starts_with("etcd://");
         Ok(Self {
             guest_binary: guest_binary(&bin_dir, arguments.guest_binary.as_deref())?,
@@ -115,6 +120,7 @@ impl Plan {
             paused_for: arguments.paused_for,
             data_image_mb: arguments.data_image_mb,
             no_snapshots: arguments.no_snapshots,
+            object_store,
             public_url: arguments.public_url.clone(),
             accelerator: arguments
                 .accelerator
@@ -154,6 +160,7 @@ impl Plan {
         agent.option("--image-dir", &self.image_dir);
         agent.option("--guest-binary", &self.guest_binary);
         agent.option("--accelerator", &self.accelerator);
+        agent.option("--object-store", &self.object_store);
         agent.number("--pool-size", self.pool_size);
         agent.number("--max-sandboxes", self.max_sandboxes);
         agent.number("--paused-for", self.paused_for);
@@ -268,6 +275,19 @@ fn checked_store(url: &str) -> Result<String, Failure> {
     }
 }
 
+/// The agent says the rest; here so that what is wrong is said at once.
+fn checked_object_store(url: &str) -> Result<String, Failure> {
+    match url.split_once("://") {
+        None if url == "none" => Ok(url.to_owned()),
+        Some(("file", path)) if path.starts_with('/') => Ok(url.to_owned()),
+        // Command lines are for all to see: nothing secret is passed in one.
+        Some(("s3", bucket)) if !bucket.is_empty() && !bucket.contains('@') => Ok(url.to_owned()),
+        _ => Err(Failure::Usage(
+            "--object-store: give file:///PATH, s3://BUCKET[/PREFIX] without credentials, or none".to_owned(),
+        )),
+    }
+}
+
 fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     fs::canonicalize(path).map_err(|error| Failure::local(format!("cannot find {}", path.display()), error))
 }
@@ -299,6 +319,13 @@ mod tests {
         assert!(checked_store("etcd://a:1,b:2").is_ok());
         for url in ["file://x", "x", "etcd://", "redis://a"] {
             assert!(checked_store(url).is_err(), "{url}");
+        }
+        for url in ["none", "file:///x", "s3://bucket/prefix"] {
+            assert!(checked_object_store(url).is_ok(), "{url}");
+        }
+        for url in ["", "file://x", "s3://", "s3://key:secret@bucket", "ftp://x"] {
+            let refusal = checked_object_store(url).unwrap_err().to_string();
+            assert!(!refusal.contains("secret"), "{refusal}");
         }
         assert_eq!(host_id(None, false).unwrap(), "local");
         assert!(host_id(Some("a/b"), true).is_err());

@@ -18,7 +18,7 @@ use super::{
     identity::Identity,
     layout::Layout,
     log,
-    plan::{STOP_ORDER, STOP_PATIENCE, Service},
+    plan::{AGENT, STOP_ORDER, STOP_PATIENCE, Service},
     shim,
 };
 
@@ -31,6 +31,9 @@ const STEADY: Duration = Duration::from_secs(10);
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// Secrets of our caller's; no service needs them.
 const SECRETS: [&str; 2] = ["OC_API_KEY", "OPENCOMPUTER_API_KEY"];
+
+/// And what only the vmm-agent needs.
+const OBJECT_STORE_SECRETS: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
 
 /// A service has ended, or could not be started.
 #[derive(Debug)]
@@ -176,7 +179,8 @@ impl Keeper {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        for secret in SECRETS {
+        let others = if name == AGENT { &[][..] } else { &OBJECT_STORE_SECRETS };
+        for secret in SECRETS.iter().chain(others) {
             command.env_remove(secret);
         }
         command.spawn()

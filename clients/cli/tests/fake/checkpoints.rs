@@ -135,9 +135,10 @@ impl CheckpointService for Checkpoints {
             (CheckpointState::Ready, "damaged") => {
                 Err(refused(Code::DataLoss, "CHECKPOINT_DAMAGED", "disk.img: chunk 3 has another digest"))
             }
-            (CheckpointState::Ready, _) => {
-                Ok(Response::new(VerifyCheckpointResponse { verified_bytes: checkpoint.size_bytes }))
-            }
+            (CheckpointState::Ready, _) => Ok(Response::new(VerifyCheckpointResponse {
+                verified_bytes: checkpoint.size_bytes,
+                uploaded_bytes: 2 << 20,
+            })),
             _ => Err(refused(Code::FailedPrecondition, "CHECKPOINT_NOT_READY", "it is not on disk")),
         }
     }

@@ -41,9 +41,13 @@ pub(super) enum Mood {
 pub(super) struct State {
     pub(super) vms: BTreeMap<String, Vm>,
     pub(super) snapshots: BTreeMap<String, Snapshot>,
+    /// What its object store has.
+    pub(super) store: BTreeMap<String, Snapshot>,
     pub(super) damaged: BTreeSet<String>,
     pub(super) capture: Mood,
     pub(super) create: Mood,
+    /// Whether it refuses to remove snapshots.
+    pub(super) delete: Mood,
     /// How many more it makes before it refuses; any number where absent.
     pub(super) creates_left: Option<usize>,
     /// The snapshots that were for use at once.
@@ -142,6 +146,9 @@ impl AgentService for FakeHost {
                     *left = left.checked_sub(1).ok_or_else(|| status(Reason::StartFailed, "enough"))?;
                 }
                 if let Some(source) = &request.snapshot {
+                    if let Some(put) = state.store.get(&source.snapshot_id) {
+                        state.snapshots.entry(source.snapshot_id.clone()).or_insert_with(|| put.clone());
+                    }
                     if !state.snapshots.contains_key(&source.snapshot_id) {
                         return Err(status(Reason::SnapshotNotFound, "there is no such snapshot"));
                     }
@@ -237,7 +244,15 @@ impl AgentService for FakeHost {
         &self,
         request: Request<DeleteSnapshotRequest>,
     ) -> Result<Response<DeleteSnapshotResponse>, Status> {
-        self.with(|state| state.snapshots.remove(&request.get_ref().snapshot_id));
+        let id = request.into_inner().snapshot_id;
+        self.with(|state| {
+            if let Mood::Refusing(reason) = state.delete {
+                return Err(status(reason, "as told"));
+            }
+            state.snapshots.remove(&id);
+            state.store.remove(&id);
+            Ok(())
+        })?;
         Ok(Response::new(DeleteSnapshotResponse {}))
     }
 
@@ -247,13 +262,17 @@ impl AgentService for FakeHost {
     ) -> Result<Response<VerifySnapshotResponse>, Status> {
         let id = request.into_inner().snapshot_id;
         self.with(|state| {
-            if !state.snapshots.contains_key(&id) {
+            let is_put = state.store.contains_key(&id);
+            if !is_put && !state.snapshots.contains_key(&id) {
                 return Err(status(Reason::SnapshotNotFound, "there is no such snapshot"));
             }
             if state.damaged.contains(&id) {
                 return Err(status(Reason::CheckpointDamaged, "memory.img differs"));
             }
-            Ok(Response::new(VerifySnapshotResponse { verified_bytes: 4096 }))
+            Ok(Response::new(VerifySnapshotResponse {
+                verified_bytes: if state.snapshots.contains_key(&id) { 4096 } else { 0 },
+                uploaded_bytes: if is_put { 4096 } else { 0 },
+            }))
         })
     }
 

@@ -35,6 +35,8 @@ use crate::{
 
 pub(super) const TENANT: &str = "acme";
 pub(super) const HOST: &str = "host-a";
+/// Its object store.
+pub(super) const STORE: &str = "store-a";
 
 pub(super) struct Mesh {
     pub(super) sandboxes: Sandboxes,
@@ -68,16 +70,7 @@ impl Mesh {
         let stop = CancellationToken::new();
         let endpoint = Endpoint::Unix(directory.path().join("agent.sock"));
         let host = FakeHost::serve(endpoint.clone(), Arc::new(clock.clone()), stop.clone()).await;
-        let member = HostRecord {
-            host_id: HOST.into(),
-            endpoint: endpoint.to_string(),
-            templates: vec!["base".into()],
-            max_sandboxes: 8,
-            memory_capacity_mb: 65_536,
-            disk_free_mb: 100_000,
-            ..Default::default()
-        };
-        let then = vec![record::put(keys::host(HOST), &member)];
+        let then = vec![record::put(keys::host(HOST), &member(HOST, &endpoint, STORE))];
         store.txn(Txn { compare: vec![], then }).await.unwrap();
         Self::around(store, host, clock, stop, directory).await
     }
@@ -144,6 +137,29 @@ impl Mesh {
         self.reconciler.look_at_records().await;
     }
 
+    /// Another host joins, with the object store `object_store_id`.
+    pub(super) async fn join(&self, host_id: &str, object_store_id: &str) -> FakeHost {
+        let endpoint = Endpoint::Unix(self.directory.path().join(host_id));
+        let host = FakeHost::serve(endpoint.clone(), Arc::new(self.clock.clone()), self.stop.clone()).await;
+        let then = vec![record::put(keys::host(host_id), &member(host_id, &endpoint, object_store_id))];
+        self.store.txn(Txn { compare: vec![], then }).await.unwrap();
+        until("it has joined", async || self.sandboxes.agents.hosts().get(host_id).is_some()).await;
+        host
+    }
+
+    /// Both hosts' object store has what the first one has, and that is known.
+    pub(super) async fn upload(&self, other: &FakeHost) {
+        let all = self.host.with(|state| {
+            for snapshot in state.snapshots.values_mut() {
+                snapshot.object_store_id = STORE.into();
+            }
+            state.store = state.snapshots.clone();
+            state.store.clone()
+        });
+        other.with(|state| state.store = all);
+        self.glance().await;
+    }
+
     /// The host leaves the membership.
     pub(super) async fn lose_host(&self) {
         let then = vec![store::Op::Delete { key: keys::host(HOST) }];
@@ -189,6 +205,22 @@ impl Mesh {
     /// How many microVMs the host has.
     pub(super) fn vms(&self) -> usize {
         self.host.with(|state| state.vms.len())
+    }
+}
+
+/// The record of a host.
+fn member(host_id: &str, endpoint: &Endpoint, object_store_id: &str) -> HostRecord {
+    HostRecord {
+        host_id: host_id.into(),
+        endpoint: endpoint.to_string(),
+        templates: vec!["base".into()],
+        max_sandboxes: 8,
+        memory_capacity_mb: 65_536,
+        disk_free_mb: 100_000,
+        object_store_id: object_store_id.into(),
+        accelerator: "tcg".into(),
+        vmm: "QEMU 10".into(),
+        ..Default::default()
     }
 }
 

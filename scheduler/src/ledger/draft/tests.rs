@@ -36,7 +36,7 @@ fn create(n: usize, memory_mb: i32) -> Change {
     Change {
         sandbox_id: record.sandbox_id.clone(),
         from: None,
-        to: Next::Placed { record, avoid: Vec::new() },
+        to: Next::Placed { record, avoid: Vec::new(), like: None },
     }
 }
 
@@ -91,7 +91,7 @@ fn moving_to_another_host_moves_the_share_and_leaves_the_tenant_alone() {
     let placed = results[0].as_ref().unwrap().clone().unwrap();
     assert_eq!(placed.epoch, 1);
     let avoid = vec![placed.host_id.clone()];
-    let again = step(&placed, Next::Placed { record: placed.clone(), avoid });
+    let again = step(&placed, Next::Placed { record: placed.clone(), avoid, like: None });
     let (results, txn) = play(&mut known, &[again]);
     let moved = results[0].as_ref().unwrap().clone().unwrap();
     assert_ne!(moved.host_id, placed.host_id);
@@ -150,7 +150,7 @@ proptest! {
                 (Some(record), 0) => step(record, Next::Removed),
                 (Some(record), 1) => step(record, Next::Record(SandboxRecord { reserved: false, ..record.clone() })),
                 (Some(record), _) => {
-                    step(record, Next::Placed { record: record.clone(), avoid: vec![record.host_id.clone()] })
+                    step(record, Next::Placed { record: record.clone(), avoid: vec![record.host_id.clone()], like: None })
                 }
             };
             let (mut results, _) = play(&mut known, &[change]);
