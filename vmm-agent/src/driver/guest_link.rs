@@ -61,7 +61,16 @@ struct Connected {
 }
 
 impl Connected {
-    /// Ends the connection, and returns when the VMM has done so, too.
+    /// Ends the connection to a guest that stands still, and returns when its socket is closed.
+    async fn close(self) {
+        let Self { task, socket, mut ended, .. } = self;
+        task.abort();
+        // Fails when the other half is dropped, which is what it is for.
+        let _ = ended.changed().await;
+        drop(socket);
+    }
+
+    /// Ends the connection to a guest that runs, and returns when the VMM has done so, too.
     async fn end(self) {
         let Self { task, socket, ended, .. } = self;
         let_go(socket, &task, ended).await;
@@ -99,11 +108,12 @@ impl GuestLink {
         self.0.sender().await.map(drop)
     }
 
-    /// Hangs up: a guest that is captured must not find half a conversation when it wakes. The VMM knows of it when this
-    /// returns: it writes to no guest that stands still.
+    /// Hangs up on a guest that stands still, whose VMM has handed on all that it said: it must not find half a conversation
+    /// when it goes on. The VMM knows of it before it can be told anything else; it would not notice one half closed, because it
+    /// reads nothing for such a guest.
     pub async fn hang_up(&self) {
         if let Some(connected) = self.0.connected.lock().await.take() {
-            connected.end().await;
+            connected.close().await;
         }
     }
 }
