@@ -1,6 +1,8 @@
 //! Processes of this machine, by what `/proc` says of them.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Duration};
+
+use anyhow::Context as _;
 
 /// A process and its command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +51,32 @@ pub fn vmm_of(state: &Path, sandbox_id: &str) -> Option<Process> {
     })?;
     let home = state.join("agent/vms").join(record.file_stem()?).display().to_string();
     vmms(state).into_iter().find(|vmm| vmm.command.join(" ").contains(&home))
+}
+
+/// How long the machine runs.
+///
+/// # Errors
+///
+/// If the kernel does not say.
+pub fn uptime() -> anyhow::Result<Duration> {
+    let text = fs::read_to_string("/proc/uptime")?;
+    let seconds = text.split_whitespace().next().context("an empty /proc/uptime")?;
+    Ok(Duration::from_secs_f64(seconds.parse()?))
+}
+
+/// When a process was started, by the clock of [`uptime`], to a hundredth of a second.
+///
+/// # Errors
+///
+/// If it has gone.
+pub fn started_at(pid: i32) -> anyhow::Result<Duration> {
+    /// A clock tick as user space sees it (`USER_HZ`, proc_pid_stat(5)).
+    const TICK_MS: u64 = 10;
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Behind the program's name, which may hold anything, field 3 is the first.
+    let (_, fields) = text.rsplit_once(')').context("no name")?;
+    let ticks: u64 = fields.split_whitespace().nth(22 - 3).context("too few fields")?.parse()?;
+    Ok(Duration::from_millis(ticks * TICK_MS))
 }
 
 /// A number of `/proc/PID/smaps_rollup` or `/proc/PID/status`, KiB; none if the process has gone.

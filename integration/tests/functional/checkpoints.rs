@@ -76,7 +76,7 @@ pub async fn witness(sandbox: &Sandbox) -> anyhow::Result<(String, u64)> {
     Ok((who.to_owned(), beat.parse()?))
 }
 
-pub async fn with_witness(rest: &Rest, body: Value) -> anyhow::Result<Sandbox> {
+async fn with_witness(rest: &Rest, body: Value) -> anyhow::Result<Sandbox> {
     let sandbox = rest.create(body).await?;
     sandbox.put("witness.py", WITNESS).await?.expect(204)?;
     sandbox.run("python3 witness.py > /dev/null 2>&1 & echo").await?;
