@@ -13,7 +13,7 @@ use super::{
     qmp::Qmp,
     vmstate,
 };
-use crate::driver::vmm::{Graft, VmmError};
+use crate::driver::vmm::{Graft, Patch, VmmError};
 
 /// The node of the layer that is exchanged for [`LAYER_NODE`].
 const NEW_LAYER_NODE: &str = "grafted-layer";
@@ -52,9 +52,21 @@ pub async fn perform(qmp: &Qmp, graft: &Graft<'_>) -> Result<(), VmmError> {
     let load = json!({ "job-id": JOB, "tag": vmstate::TAG, "vmstate": STATE_NODE, "devices": [STATE_NODE] });
     qmp.execute("snapshot-load", load).await?;
     loaded(qmp).await?;
+    debug::write(graft.home, &[look_up()]).await?;
     qmp.execute("job-dismiss", json!({ "id": JOB })).await?;
     qmp.execute("blockdev-del", json!({ "node-name": STATE_NODE })).await?;
     graft.home.forget_state().map_err(VmmError::Start)
+}
+
+/// Makes the CPU ask its interrupt controller what is pending: nothing that was loaded says that it should, and an idle guest would
+/// wait for ever for an interrupt that is there already.
+///
+/// It is a message-signalled interrupt to the controller of the first CPU (Intel SDM, volume 3, "Message Signalled
+/// Interrupts"), of vector 0. QEMU has the CPU look up whatever the vector is (`apic_set_irq` in hw/intc/apic.c), and vectors below 16
+/// are never delivered to a guest.
+fn look_up() -> Patch {
+    const CONTROLLER: u64 = 0xfee0_0000;
+    Patch { address: CONTROLLER, bytes: vec![0; 4] }
 }
 
 async fn loaded(qmp: &Qmp) -> Result<(), VmmError> {

@@ -8,7 +8,7 @@
 //! (`cpu_common_post_load` in hw/core/cpu-system.c), which is what such a QEMU is taken for. It says whether the CPU
 //! waits, and for which kinds of interrupts. The CPU that goes on without it does not wait: a guest that was idle looks
 //! for work, finds none and waits again, as after any interrupt; and an interrupt that was pending is in the interrupt
-//! controller's state too, which raises it with the next one.
+//! controller's state too, which the CPU is made to look at afterwards.
 
 /// Bytes of a cluster.
 const CLUSTER: usize = 1 << CLUSTER_BITS;
