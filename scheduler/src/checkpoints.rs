@@ -303,7 +303,7 @@ pub fn shown(record: &CheckpointRecord) -> Checkpoint {
 /// What a host is to begin with to make something of a checkpoint.
 fn source_of(checkpoint: &Checkpoint, is_cold: bool) -> SnapshotSource {
     let disk_only = is_cold || checkpoint.kind() == CheckpointKind::DiskOnly;
-    SnapshotSource { snapshot_id: checkpoint.checkpoint_id.clone(), disk_only }
+    SnapshotSource { snapshot_id: checkpoint.checkpoint_id.clone(), disk_only, wakes: false }
 }
 
 /// A host that does not have the snapshot of a checkpoint has lost it.

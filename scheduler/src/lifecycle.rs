@@ -32,7 +32,8 @@
 //!   reconciliation asks the host. For idleness a host stores only what is still idle, so that a call that has just begun
 //!   wins.
 //! - `HIBERNATED` is on a host, too: its disk and memory are stored there. A host may store the memory after it has
-//!   answered: until then `stored_bytes` is 0.
+//!   answered: until then `stored_bytes` is 0. If an object store has all of it (`stored_snapshot_id`) and its host is lost,
+//!   it is placed anew when it is to wake. From then on it is *in the store alone*, until it runs.
 //! - `reserved` says whether the sandbox's share of host and quota is counted. It changes in the same transaction as
 //!   the counts; every step that clears it does so once, because it starts from a record that has it set.
 //! - The epoch grows with each placement and with deletion, and never shrinks.
@@ -94,14 +95,20 @@ pub fn draft(id: &SandboxId, tenant: &str, order: Order, now: SystemTime) -> San
     }
 }
 
-/// Gives it a host: the first, or another one after the first has failed to make it.
+/// Gives it a host: the first, or another one after the first has failed to make it, or is lost while it is in an object
+/// store.
 ///
 /// # Errors
 ///
-/// [`Denied`] once it ran, or is being deleted.
+/// [`Denied`] once it ran, unless it is [to be woken elsewhere](mark_moving); or if it is being deleted.
 pub fn place(record: &SandboxRecord, host_id: &str) -> Result<SandboxRecord, Denied> {
-    creating(record)?;
-    Ok(SandboxRecord { host_id: host_id.into(), epoch: record.epoch + 1, reserved: true, ..record.clone() })
+    match record.in_store_alone {
+        true if record.transition() != SandboxTransition::Waking => return Err(Denied::NotReady),
+        true => hibernated(record)?,
+        false => creating(record)?,
+    }
+    let epoch = record.epoch.max(record.tried_epoch) + 1;
+    Ok(SandboxRecord { host_id: host_id.into(), epoch, reserved: true, ..record.clone() })
 }
 
 /// Its microVM answers.
@@ -153,6 +160,7 @@ pub fn fail(record: &SandboxRecord, failure: &str, now: SystemTime) -> Result<Sa
         state: SandboxState::Failed.into(),
         transition: SandboxTransition::Unspecified.into(),
         stored_bytes: 0,
+        in_store_alone: false,
         failure: failure.into(),
         epoch: record.epoch.max(record.tried_epoch),
         active_at: Some(now.into()),
@@ -219,21 +227,86 @@ pub fn hibernate(record: &SandboxRecord, host: &HibernateVmResponse) -> Result<S
         stored_bytes: host.stored_bytes,
         hibernation_tier: host.tier,
         reserved: false,
-        ..record.clone()
+        ..not_in_store(record)
     })
 }
 
-/// Its host has stored it since it was hibernated, or has lost what it had stored.
+/// What is stored of a hibernated sandbox, and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// What its memory and devices take, bytes.
+    pub bytes: i64,
+    /// The snapshot of all of it that is in an object store; empty if none is.
+    pub snapshot_id: String,
+    /// That store.
+    pub object_store_id: String,
+}
+
+impl Stored {
+    /// As the record has it.
+    pub fn of(record: &SandboxRecord) -> Self {
+        Self {
+            bytes: record.stored_bytes,
+            snapshot_id: record.stored_snapshot_id.clone(),
+            object_store_id: record.object_store_id.clone(),
+        }
+    }
+}
+
+/// Its host, whose VMM is `vmm`, has stored it since it was hibernated, or has lost what it had stored.
 ///
 /// # Errors
 ///
 /// [`Denied`] unless it is hibernated, and nothing else is being done with it.
-pub fn note_stored(record: &SandboxRecord, stored_bytes: i64) -> Result<SandboxRecord, Denied> {
+pub fn note_stored(record: &SandboxRecord, stored: &Stored, vmm: &str) -> Result<SandboxRecord, Denied> {
+    idle(record)?;
+    Ok(SandboxRecord {
+        stored_bytes: stored.bytes,
+        stored_snapshot_id: stored.snapshot_id.clone(),
+        object_store_id: stored.object_store_id.clone(),
+        stored_vmm: vmm.into(),
+        ..record.clone()
+    })
+}
+
+/// Its host has nothing of it any more, but an object store has.
+///
+/// # Errors
+///
+/// [`Denied`] unless it is hibernated; [`Denied::Failed`] if no store has it.
+pub fn leave_to_store(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
     hibernated(record)?;
-    if record.transition() != SandboxTransition::Unspecified {
-        return Err(Denied::NotReady);
+    unless_restoring(record)?;
+    if record.stored_snapshot_id.is_empty() {
+        return Err(Denied::Failed);
     }
-    Ok(SandboxRecord { stored_bytes, ..record.clone() })
+    Ok(SandboxRecord {
+        transition: SandboxTransition::Unspecified.into(),
+        in_store_alone: true,
+        reserved: false,
+        ..record.clone()
+    })
+}
+
+/// It is to be woken on a host that it is [placed](place) on now, of what the object store has.
+///
+/// # Errors
+///
+/// [`Denied`] unless it is hibernated and nothing else is being done with it; [`Denied::Failed`] if no store has it.
+pub fn mark_moving(record: &SandboxRecord) -> Result<SandboxRecord, Denied> {
+    idle(record)?;
+    mark_waking(&leave_to_store(record)?)
+}
+
+/// Nothing of it is in an object store that would be worth anything.
+fn not_in_store(record: &SandboxRecord) -> SandboxRecord {
+    SandboxRecord {
+        stored_snapshot_id: String::new(),
+        object_store_id: String::new(),
+        stored_vmm: String::new(),
+        in_store_alone: false,
+        ..record.clone()
+    }
 }
 
 /// Its host is going to be asked to wake it: its share is counted from now on. Fine if it is marked.
@@ -278,7 +351,7 @@ pub fn wake(
         stored_bytes: 0,
         active_at: Some(now.into()),
         reserved: true,
-        ..record.clone()
+        ..not_in_store(record)
     })
 }
 
@@ -327,7 +400,7 @@ pub fn restore(
         stored_bytes: 0,
         active_at: Some(now.into()),
         reserved: true,
-        ..record.clone()
+        ..not_in_store(record)
     })
 }
 
@@ -470,6 +543,12 @@ fn hibernated(record: &SandboxRecord) -> Result<(), Denied> {
         SandboxState::Running => Err(Denied::Passed),
         _ => Err(Denied::NotReady),
     }
+}
+
+/// Whether it is hibernated, and nothing else is being done with it.
+fn idle(record: &SandboxRecord) -> Result<(), Denied> {
+    hibernated(record)?;
+    if record.transition() == SandboxTransition::Unspecified { Ok(()) } else { Err(Denied::NotReady) }
 }
 
 /// Whether it runs or is hibernated.

@@ -152,7 +152,8 @@ impl Reconciler {
         let actions = plan(host_id, &records, &vms, moment);
         stream::iter(actions)
             .for_each_concurrent(AT_ONCE, |(sandbox_id, action)| {
-                let seen = Seen { host_id, vm: listed.get(sandbox_id.as_str()).copied() };
+                let before = records.get(&sandbox_id).map(AsRef::as_ref);
+                let seen = Seen { host_id, vm: listed.get(sandbox_id.as_str()).copied(), before };
                 async move { self.sandboxes.reconcile_vm(&sandbox_id, action, seen, moment).await }
             })
             .await;

@@ -2,7 +2,7 @@
 
 use std::{
     fmt::Debug,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, SystemTime},
 };
 
@@ -12,7 +12,10 @@ use tokio::sync::watch;
 use tonic::{Status, body::Body};
 use tower::util::BoxCloneSyncService;
 
-use crate::microvm::{Kind, MakeError};
+use crate::{
+    identity::SandboxId,
+    microvm::{Kind, MakeError},
+};
 
 /// The way to a guest: gRPC calls, as many at a time as wanted. Works as long as the VM runs.
 pub type Guest = BoxCloneSyncService<http::Request<Body>, http::Response<Body>, Status>;
@@ -188,6 +191,15 @@ pub trait Instance: Debug + Send + Sync + 'static {
 
     /// Boots a VM from its disk as it is. Its guest answers then.
     async fn boot_stored(&mut self, kind: &Kind) -> Result<(), MakeError>;
+
+    /// What [`Instance::shelve`] is to call the snapshot that it makes of a sandbox's VM that is stored: another one each time
+    /// that it was stored. `None` if only its disk is.
+    async fn shelf_id(&self, sandbox: &SandboxId) -> Result<Option<String>, MakeError>;
+
+    /// Makes a snapshot of a VM that is stored, of its memory and a copy of its disk, which the host keeps as any other, and
+    /// for as long as it `sleeps`: it says so no more before it goes on, and then there is none. Fine if there is one. It may
+    /// go on for a while after it was dropped.
+    async fn shelve(&self, snapshot_id: &str, sleeps: Arc<AtomicBool>) -> Result<(), MakeError>;
 
     /// Removes what is stored of its memory, which a VM that has gone on makes worthless. Not to be waited for beside
     /// another call.

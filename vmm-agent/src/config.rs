@@ -92,6 +92,10 @@ pub struct Args {
     /// (`AWS_ACCESS_KEY_ID` and so on); a directory below the data directory where absent.
     #[arg(long, env = "OC_OBJECT_STORE", value_name = "URL")]
     pub object_store: Option<String>,
+    /// Put hibernated sandboxes into the object store, too, once their process has ended, so that another host that names
+    /// the same one wakes them if this one is gone.
+    #[arg(long, env = "OC_UPLOAD_HIBERNATED")]
+    pub upload_hibernated: bool,
     /// Where this host stands: shown to users as their sandbox's region.
     #[arg(long, env = "OC_REGION", default_value = "local")]
     pub region: String,
@@ -160,7 +164,7 @@ pub struct Config {
     pub pool: pool::Settings,
     /// What the host takes at most.
     pub limits: Limits,
-    /// How long hibernated VMs keep their process.
+    /// How long hibernated VMs keep their process, and what becomes of them then.
     pub paused: Policy,
     /// Guest memory that may be promised, MiB.
     pub memory_capacity_mb: u64,
@@ -251,12 +255,13 @@ impl Config {
             disk_reserve_mb: args.disk_reserve_mb,
             data_dir: data_dir.clone(),
         };
+        let object_store = checked_object_store(args.object_store, &data_dir)?;
         let paused = Policy {
             paused_for: Duration::from_secs(args.paused_for),
             // The pool makes no clone, and gives none up, for the sake of a sandbox that sleeps.
             headroom_mb: if pool.shelves.iter().any(|(_, count)| *count > 0) { WAITING_CLONE_MB } else { 0 },
+            uploads: args.upload_hibernated && object_store.is_some(),
         };
-        let object_store = checked_object_store(args.object_store, &data_dir)?;
         Ok(Self {
             store: args.store.ok_or_else(|| invalid("--store", "is needed"))?,
             listen: args.listen.ok_or_else(|| invalid("--listen", "is needed"))?,

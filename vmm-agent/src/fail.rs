@@ -58,6 +58,12 @@ oc_mesh::fail_points! {
     /// Its devices are.
     START_LOADED = "agent.start.loaded";
 
+    /// A clone of the pool has taken on what is stored of a VM.
+    WAKE_GRAFTED = "agent.wake.grafted";
+    /// The journal says that the clone runs, and that the VM is stored.
+    WAKE_CLAIMED = "agent.wake.claimed";
+    /// It speaks of the clone alone.
+    WAKE_REPLACED = "agent.wake.replaced";
     /// The journal says that a VM that slept runs.
     WAKE_JOURNALLED = "agent.wake.journalled";
     /// It is let go on.

@@ -65,6 +65,8 @@ pub struct Listed {
     pub active_at: SystemTime,
     /// What its memory and devices take while it is stored, bytes.
     pub stored_bytes: u64,
+    /// The snapshot of it while it sleeps, if there is to be one.
+    pub shelved: Option<Arc<str>>,
 }
 
 impl Host {
@@ -335,6 +337,7 @@ impl Host {
                     failure: status.failure,
                     active_at: vm.last_used(now),
                     stored_bytes: status.stored_bytes,
+                    shelved: status.shelved,
                 }
             })
             .filter(|listed| listed.phase != Phase::Gone)

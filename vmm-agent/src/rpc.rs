@@ -120,8 +120,15 @@ impl AgentService for AgentRpc {
 
     async fn list_vms(&self, _: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
         // Before the VMs: a snapshot that is taken meanwhile is missing at worst.
-        let snapshots = self.host.snapshots().into_iter().map(|captured| snapshot(&captured)).collect();
-        let vms = self.host.list(SystemTime::now()).into_iter().filter_map(listed).collect();
+        let mut snapshots = self.host.snapshots();
+        let listed = self.host.list(SystemTime::now()).into_iter().filter_map(|vm| {
+            let is_of_it =
+                |captured: &mut Captured| vm.shelved.as_deref() == Some(captured.snapshot_id.as_str());
+            let shelved = snapshots.extract_if(.., is_of_it).next();
+            listed(vm, shelved)
+        });
+        let vms = listed.collect();
+        let snapshots = snapshots.iter().map(snapshot).collect();
         Ok(Response::new(ListVmsResponse { vms, snapshots }))
     }
 
@@ -183,8 +190,8 @@ fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-/// A VM as the scheduler sees it. One that is being deleted is as good as gone.
-fn listed(vm: Listed) -> Option<mesh::Vm> {
+/// A VM as the scheduler sees it, and the snapshot of it while it sleeps. One that is being deleted is as good as gone.
+fn listed(vm: Listed, shelved: Option<Captured>) -> Option<mesh::Vm> {
     let state = match vm.phase {
         Phase::Starting => VmState::Starting,
         // Until it is stored it may go on.
@@ -193,6 +200,10 @@ fn listed(vm: Listed) -> Option<mesh::Vm> {
         Phase::Failed => VmState::Failed,
         Phase::Deleting | Phase::Gone => return None,
     };
+    // It is of use as soon as it is in a store.
+    let stored = shelved.and_then(|captured| Some((captured.snapshot_id, captured.object_store_id?)));
+    let (snapshot_id, object_store_id) =
+        stored.map(|(id, store)| (id, store.to_string())).unwrap_or_default();
     Some(mesh::Vm {
         sandbox_id: vm.owner.sandbox.to_string(),
         epoch: vm.owner.epoch.0,
@@ -200,6 +211,8 @@ fn listed(vm: Listed) -> Option<mesh::Vm> {
         failure: vm.failure.map(|reason| reason.to_string()).unwrap_or_default(),
         active_at: Some(vm.active_at.into()),
         stored_bytes: signed(vm.stored_bytes),
+        snapshot_id,
+        object_store_id,
     })
 }
 
@@ -220,7 +233,8 @@ fn parse_snapshot(id: String) -> Result<String, Status> {
 }
 
 fn parse_source(source: SnapshotSource) -> Result<Source, Status> {
-    Ok(Source { snapshot_id: parse_snapshot(source.snapshot_id)?, disk_only: source.disk_only })
+    let SnapshotSource { snapshot_id, disk_only, wakes } = source;
+    Ok(Source { snapshot_id: parse_snapshot(snapshot_id)?, disk_only, wakes })
 }
 
 fn snapshot_status(error: &MakeError) -> Status {

@@ -29,7 +29,7 @@ async fn capture(agent: &Agent, snapshot_id: &str) -> Result<Captured, VmError> 
 }
 
 fn from(snapshot_id: &str, disk_only: bool) -> Order {
-    Order { source: Some(Source { snapshot_id: snapshot_id.into(), disk_only }), ..order() }
+    Order { source: Some(Source { snapshot_id: snapshot_id.into(), disk_only, wakes: false }), ..order() }
 }
 
 async fn running(world: &Arc<World>, dir: &std::path::Path) -> Agent {

@@ -11,10 +11,11 @@ use anyhow::{Context as _, ensure};
 use oc_integration::{
     etcd::EtcdServer,
     mesh::{Mesh, eventually},
+    rest::Sandbox,
 };
 use serde_json::json;
 
-use crate::killed::crash;
+use crate::killed::{crash, supervisor_of};
 
 /// The files below a directory.
 fn files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -115,6 +116,94 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
+    first.stop()?;
+    second.stop()
+}
+
+/// Kills all of a mesh: what it has on disk stays, and nobody is told.
+async fn lose(mesh: &Mesh) -> anyhow::Result<()> {
+    crash(supervisor_of(mesh)?)?;
+    for service in ["gateway", "vmm-agent", "scheduler"] {
+        crash(mesh.pid(service)?)?;
+    }
+    Ok(())
+}
+
+pub async fn a_hibernated_sandbox_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
+    let server = EtcdServer::start().await?;
+    let objects = tempfile::tempdir()?;
+    let (store, object_store) =
+        (format!("etcd://{}", server.address()), format!("file://{}", objects.path().display()));
+    let options =
+        ["--pool-size", "0", "--paused-for", "0", "--store", &store, "--object-store", &object_store];
+    let mut first = Mesh::start(&options)?;
+    let second = Mesh::start(&options)?;
+    let on = |mesh: &Mesh, sandbox: &Sandbox| mesh.rest().sandbox(&sandbox.id);
+    // Placement spreads them: as many as it takes to have two on the first host.
+    let mut sandboxes: Vec<Sandbox> = Vec::new();
+    while sandboxes.len() < 2 {
+        let made = first.rest().create(json!({ "timeout": 0, "envs": { "A": "kept" } })).await?;
+        match made.get().await?.expect(200)?.json()["workerID"] == first.host_id() {
+            true => sandboxes.push(made),
+            false => made.delete().await?,
+        }
+    }
+    let [sandbox, forgotten] = &sandboxes[..] else { anyhow::bail!("two") };
+    sandbox
+        .run("(while :; do date +%s%N > /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
+        .await?;
+    let pid = sandbox.run("cat /dev/shm/pid").await?;
+    // What is put there of an earlier hibernation is not what it wakes from.
+    for round in ["earlier", "later"] {
+        sandbox.run(&format!("echo {round} > round")).await?;
+        for sandbox in &sandboxes {
+            first.rest().post(&sandbox.path("/hibernate"), json!({})).await?.expect(200)?;
+            eventually("it is in the object store", async || {
+                let shown = sandbox.get().await?.expect(200)?.json();
+                ensure!(shown["isUploaded"] == true && shown["status"] == "hibernated", "{shown}");
+                Ok(())
+            })
+            .await?;
+        }
+    }
+    lose(&first).await?;
+    let rest = second.rest();
+    eventually("the first host is missed", async || {
+        let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
+        ensure!(!nodes.to_string().contains(first.host_id()), "{nodes}");
+        Ok(())
+    })
+    .await?;
+
+    let woken = on(&second, sandbox);
+    let ran = "before=$(cat /dev/shm/now); sleep 1; kill -0 $(cat /dev/shm/pid) && test $before != $(cat /dev/shm/now) && md5sum < /dev/shm/much | cmp - sum && echo $A $(cat disk round)";
+    assert_eq!(woken.run(ran).await?, "kept kept later\n");
+    assert_eq!(woken.run("cat /dev/shm/pid").await?, pid, "its processes came along");
+    let shown = woken.get().await?.expect(200)?.json();
+    assert_eq!((&shown["startPath"], &shown["workerID"]), (&json!("memory"), &json!(second.host_id())));
+    on(&second, forgotten).delete().await?;
+    woken.run("echo second > disk").await?;
+    let is_whole = |path: &PathBuf| !path.to_string_lossy().contains('#');
+    eventually("nothing is left of what it was made of, nor of the other one", async || {
+        let mut left: Vec<_> =
+            files(&objects.path().join("snapshots"))?.into_iter().filter(is_whole).collect();
+        left.extend(files(&second.state().join("agent/snapshots"))?);
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await?;
+
+    // The first host comes back with what it has stored: it is a stray, and the sandbox stays where it runs.
+    first.up()?;
+    eventually("it has nothing of them any more", async || {
+        let left: Vec<_> =
+            ["agent/vms", "agent/snapshots"].iter().map(|at| files(&first.state().join(at))).collect();
+        ensure!(left.iter().flatten().all(Vec::is_empty), "{left:?}");
+        Ok(())
+    })
+    .await?;
+    assert_eq!(on(&first, sandbox).run("cat disk").await?, "second\n");
+    on(&first, sandbox).delete().await?;
     first.stop()?;
     second.stop()
 }

@@ -93,15 +93,19 @@ pub async fn a_sandbox_outlives_every_service(_: Arc<()>) -> anyhow::Result<()> 
     mesh.stop()
 }
 
+/// What starts a mesh's services again when they die.
+pub fn supervisor_of(mesh: &Mesh) -> anyhow::Result<i32> {
+    let supervisor = processes::naming(&mesh.state().display().to_string())
+        .into_iter()
+        .find(|process| process.command.iter().any(|word| word == "--detached"));
+    Ok(supervisor.context("no supervisor")?.pid)
+}
+
 pub async fn a_sandbox_outlives_its_supervisor(_: Arc<()>) -> anyhow::Result<()> {
     let mut mesh = Mesh::start(&["--pool-size", "1"])?;
     let sandbox = mesh.rest().create(json!({})).await?;
     sandbox.run("echo written > file").await?;
-    let supervisor = processes::naming(&mesh.state().display().to_string())
-        .into_iter()
-        .find(|process| process.command.iter().any(|word| word == "--detached"))
-        .context("no supervisor")?;
-    crash(supervisor.pid)?;
+    crash(supervisor_of(&mesh)?)?;
     mesh.up()?;
     let sandbox = mesh.rest().sandbox(&sandbox.id);
     assert_eq!(sandbox.run("cat file").await?, "written\n");

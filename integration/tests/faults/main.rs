@@ -43,7 +43,8 @@ fn main() -> ExitCode {
         etcd:
             a_mesh_on_etcd_outlives_its_server;
         hosts:
-            a_checkpoint_outlives_its_host;
+            a_checkpoint_outlives_its_host,
+            a_hibernated_sandbox_outlives_its_host;
     };
     suite.one_at_a_time().run(|| Ok(()), Ok)
 }

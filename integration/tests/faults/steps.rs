@@ -77,6 +77,15 @@ const WAKE: &Table = &[
     (scheduler::WAKE_WRITTEN, &[Scheduler]),
 ];
 
+/// Of a sandbox that goes on in a clone of the pool. A VMM that dies is that of the clone.
+const WAKE_GRAFTED: &Table = &[
+    (agent::WAKE_GRAFTED, &[Agent, Vmm, Error]),
+    (agent::WAKE_CLAIMED, &[Agent]),
+    (agent::WAKE_REPLACED, &[Agent]),
+    (agent::WAKE_RESUMED, &[Agent, Vmm]),
+    (agent::WAKE_ANSWERED, &[Agent]),
+];
+
 const PAUSE: &Table = &[
     (agent::HIBERNATE_HALTED, &[Agent, Vmm, Error]),
     (agent::HIBERNATE_PAUSED, &[Agent, Vmm]),
@@ -201,6 +210,7 @@ async fn sleeps(mut bed: Bed, hibernate: &'static Table, wake: &'static Table) -
         let (subject, mark) = bed.begin().await?;
         let hibernate = subject.sandbox.path("/hibernate");
         eventually("it sleeps", async || rest.post(&hibernate, json!({})).await?.expect(200)).await?;
+        bed.pool_is_ready().await?;
         let (path, before) = (subject.sandbox.path("/wake"), bed.vmms());
         bed.strike(step, async || rest.post(&path, json!({})).await).await?;
         let found = bed.find().await?;
@@ -217,12 +227,7 @@ async fn forks(mut bed: Bed, table: &'static Table) -> anyhow::Result<()> {
     let rest = bed.rest();
     for step in each(table) {
         let (subject, mark) = bed.begin().await?;
-        eventually("the pool is ready", async || {
-            let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
-            ensure!(nodes[0]["poolReady"].as_u64() == Some(bed.pool as u64), "{nodes}");
-            Ok(())
-        })
-        .await?;
+        bed.pool_is_ready().await?;
         let path = subject.sandbox.path("/fork");
         let asked = json!({ "count": 1, "mode": "live" });
         let answer = bed.strike(step, async || rest.post(&path, asked.clone()).await).await?;
@@ -292,7 +297,7 @@ async fn goes_back(mut bed: Bed) -> anyhow::Result<()> {
 }
 
 pub async fn a_sandbox_is_as_before_or_as_after_at_every_step(_: Arc<()>) -> anyhow::Result<()> {
-    let tables = [CHECKPOINT, STORE, WAKE, PAUSE, WAKE_PAUSED, FORK, GRAFT, RESTORE, DELETE];
+    let tables = [CHECKPOINT, STORE, WAKE, WAKE_GRAFTED, PAUSE, WAKE_PAUSED, FORK, GRAFT, RESTORE, DELETE];
     let tried: BTreeSet<Point> = tables.into_iter().flatten().map(|(point, _)| *point).collect();
     let all: BTreeSet<Point> = agent::ALL.iter().chain(scheduler::ALL).copied().collect();
     assert_eq!(tried, all, "every step is in a table");
@@ -300,6 +305,7 @@ pub async fn a_sandbox_is_as_before_or_as_after_at_every_step(_: Arc<()>) -> any
     tokio::try_join!(
         checkpoints(Bed::start(0, &[])?),
         sleeps(Bed::start(0, &["--paused-for", "0"])?, STORE, WAKE),
+        sleeps(Bed::start(1, &["--paused-for", "0"])?, &[], WAKE_GRAFTED),
         sleeps(Bed::start(0, &["--paused-for", "1"])?, PAUSE, WAKE_PAUSED),
         forks(Bed::start(0, &[])?, FORK),
         forks(Bed::start(1, &[])?, GRAFT),

@@ -168,7 +168,8 @@ impl Checkpoints {
         let snapshot_id = sandbox_id::random(PREFIX).map_err(|error| Refusal::Internal(error.to_string()))?;
         // Reconciliation takes it for one that nobody wants, else.
         let live = self.sandboxes.flows.enter(&snapshot_id);
-        let source = SnapshotSource { snapshot_id: snapshot_id.clone(), disk_only: wanted.is_cold };
+        let source =
+            SnapshotSource { snapshot_id: snapshot_id.clone(), disk_only: wanted.is_cold, wakes: false };
         let (this, of) = (self.clone(), source.clone());
         let host_id = sandbox.host_id.clone();
         let tenant = sandbox.tenant.clone();

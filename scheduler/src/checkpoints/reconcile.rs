@@ -38,6 +38,11 @@ impl Checkpoints {
             listed.iter().map(|snapshot| (snapshot.snapshot_id.as_str(), snapshot)).collect();
         let ids: BTreeSet<&str> = before.keys().map(String::as_str).chain(listed.keys().copied()).collect();
         for id in ids {
+            if let Some(sandbox_id) = hibernated_sandbox(id) {
+                let result = self.end_unless_wanted(id, sandbox_id, host_id);
+                report(id, &Action::EndStray, result.await);
+                continue;
+            }
             let (record, snapshot) = (before.get(id).map(AsRef::as_ref), listed.get(id).copied());
             let is_live = self.sandboxes.flows.is_live(id);
             let Some(action) = judge(record, snapshot, is_live, moment) else { continue };
@@ -51,6 +56,17 @@ impl Checkpoints {
             };
             report(id, &action, result.await);
         }
+    }
+
+    /// Removes the snapshot of a hibernated sandbox that its host does not count as one any more, unless the sandbox is to be
+    /// made of it. Its record says so before anybody is asked for that, so what is not wanted now never will be.
+    async fn end_unless_wanted(&self, id: &str, sandbox_id: &str, host_id: &str) -> Result<bool, Refusal> {
+        let found = self.sandboxes.ledger.read(sandbox_id).await?;
+        if found.is_some_and(|found| found.record.stored_snapshot_id == id) {
+            return Ok(false);
+        }
+        self.sandboxes.agents.delete_snapshot(host_id, id).await?;
+        Ok(true)
     }
 
     /// Looks at the checkpoints of hosts that are no members, once.
@@ -103,6 +119,12 @@ impl Checkpoints {
         }
         Ok(true)
     }
+}
+
+/// The sandbox that a snapshot is of, if it is one of a hibernated sandbox: `hibernated-SANDBOX-DIGEST`.
+fn hibernated_sandbox(snapshot_id: &str) -> Option<&str> {
+    let (sandbox_id, _) = snapshot_id.strip_prefix("hibernated-")?.rsplit_once('-')?;
+    Some(sandbox_id)
 }
 
 /// The record of a checkpoint that its host does not have any more.

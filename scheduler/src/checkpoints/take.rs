@@ -81,7 +81,7 @@ impl Checkpoints {
         let drafted = self.draft(&id, sandbox, order);
         self.book.add(&drafted).await?;
         fail::reached(fail::TAKE_RECORDED);
-        let source = SnapshotSource { snapshot_id: id.clone(), disk_only };
+        let source = SnapshotSource { snapshot_id: id.clone(), disk_only, wakes: false };
         match self.capture(sandbox, source, false).await {
             Ok(snapshot) => {
                 fail::reached(fail::TAKE_CAPTURED);

@@ -316,7 +316,7 @@ async fn a_sandbox_is_put_back_and_goes_on_from_there() {
     let restored = mesh.checkpoints.restore(TENANT, &sandbox, &first).await.unwrap();
     assert_eq!((restored.epoch, restored.state(), restored.reserved), (3, SandboxState::Running, true));
     // Whoever looked at it before that takes down what runs now.
-    let source = SnapshotSource { snapshot_id: "cp-late".into(), disk_only: false };
+    let source = SnapshotSource { snapshot_id: "cp-late".into(), disk_only: false, wakes: false };
     mesh.checkpoints.capture(&before, source, false).await.unwrap();
     let other = mesh.sandbox().await.sandbox_id;
     let foreign = mesh.checkpoints.restore(TENANT, &other, &first).await;

@@ -15,6 +15,8 @@ enum Step {
     Spare,
     Hibernate,
     NoteStored,
+    LeaveToStore,
+    MarkMoving,
     MarkWaking,
     Doze,
     Wake,
@@ -37,6 +39,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         Just(Step::Spare),
         Just(Step::Hibernate),
         Just(Step::NoteStored),
+        Just(Step::LeaveToStore),
+        Just(Step::MarkMoving),
         Just(Step::MarkWaking),
         Just(Step::Doze),
         Just(Step::Wake),
@@ -71,7 +75,12 @@ fn take(record: &SandboxRecord, step: Step, second: u64) -> Result<SandboxRecord
         Step::MarkHibernating => mark_hibernating(record),
         Step::Spare => spare(record, now),
         Step::Hibernate => hibernate(record, &HibernateVmResponse { stored_bytes: 7, ..Default::default() }),
-        Step::NoteStored => note_stored(record, 9),
+        Step::NoteStored => {
+            let stored = Stored { bytes: 9, snapshot_id: "s".into(), object_store_id: "o".into() };
+            note_stored(record, &stored, "QEMU")
+        }
+        Step::LeaveToStore => leave_to_store(record),
+        Step::MarkMoving => mark_moving(record),
         Step::MarkWaking => mark_waking(record),
         Step::Doze => doze(record),
         Step::Wake => wake(record, &WakeVmResponse::default(), now),
@@ -156,6 +165,7 @@ proptest! {
                 )),
             }
             prop_assert!(record.stored_bytes == 0 || record.state() == SandboxState::Hibernated);
+            prop_assert!(!record.in_store_alone || !record.stored_snapshot_id.is_empty());
         }
     }
 

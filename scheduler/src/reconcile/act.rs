@@ -23,6 +23,8 @@ const RESTORED_WITHIN: Duration = Duration::from_secs(10);
 pub(super) struct Seen<'a> {
     pub(super) host_id: &'a str,
     pub(super) vm: Option<&'a Vm>,
+    /// The record before it was asked.
+    pub(super) before: Option<&'a SandboxRecord>,
 }
 
 impl Sandboxes {
@@ -41,6 +43,10 @@ impl Sandboxes {
             let stored = self.ledger.read(sandbox_id).await?;
             let record = stored.as_ref().map(|stored| &stored.record);
             if judge(seen.host_id, record, seen.vm, moment).as_ref() != Some(&action) {
+                return Ok(false);
+            }
+            // It may have been woken, and hibernated again, since its host has said what it has stored.
+            if matches!(action, Action::NoteStored(_)) && record != seen.before {
                 return Ok(false);
             }
             self.perform(sandbox_id, &action, stored, seen.host_id, moment).await
@@ -112,8 +118,17 @@ impl Sandboxes {
                 let host = HibernateVmResponse { stored_bytes: *stored_bytes, ..Default::default() };
                 self.ledger.step(stored, |record| lifecycle::hibernate(record, &host)).await?;
             }
-            Action::NoteStored { stored_bytes } => {
-                self.ledger.step(stored, |record| lifecycle::note_stored(record, *stored_bytes)).await?;
+            Action::NoteStored(what) => {
+                let vmm = self.agents.hosts().get(host_id).map(|host| host.vmm.clone()).unwrap_or_default();
+                self.ledger.step(stored, |record| lifecycle::note_stored(record, what, &vmm)).await?;
+            }
+            Action::LeaveToStore => {
+                self.ledger.step(stored, lifecycle::leave_to_store).await?;
+                tracing::warn!(
+                    sandbox_id,
+                    host_id,
+                    "its host has lost a hibernated sandbox: it is in the object store"
+                );
             }
             Action::Doze => {
                 self.ledger.step(stored, lifecycle::doze).await?;
@@ -124,7 +139,11 @@ impl Sandboxes {
             Action::FinishRestore { epoch } => {
                 // The call that made what runs there already: its host answers as it did, or would have.
                 let asked = SandboxRecord { epoch: *epoch, ..stored.record.clone() };
-                let source = SnapshotSource { snapshot_id: asked.restoring_id.clone(), disk_only: false };
+                let source = SnapshotSource {
+                    snapshot_id: asked.restoring_id.clone(),
+                    disk_only: false,
+                    wakes: false,
+                };
                 let made = self.agents.create_vm(&asked, Some(source), RESTORED_WITHIN).await?;
                 self.ledger.step(stored, |record| lifecycle::restore(record, *epoch, &made, now)).await?;
             }

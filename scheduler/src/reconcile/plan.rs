@@ -19,7 +19,7 @@ use oc_proto::{
 };
 
 use crate::{
-    lifecycle::{self, FAILURE_KEPT, TOMBSTONE_KEPT},
+    lifecycle::{self, FAILURE_KEPT, Stored, TOMBSTONE_KEPT},
     sandboxes::create::ABANDONED_AFTER,
 };
 
@@ -57,10 +57,9 @@ pub enum Action {
         stored_bytes: i64,
     },
     /// Its host has stored it since it was hibernated.
-    NoteStored {
-        /// What that takes.
-        stored_bytes: i64,
-    },
+    NoteStored(Stored),
+    /// Its host has nothing of it any more, but an object store has.
+    LeaveToStore,
     /// Its host was going to be asked to wake it, but nobody does any more.
     Doze,
     /// Its host has woken it.
@@ -89,7 +88,8 @@ impl Action {
             Self::HibernateIdle { .. } => "hibernate_idle",
             Self::Spare => "spare",
             Self::FinishHibernate { .. } => "finish_hibernate",
-            Self::NoteStored { .. } => "note_stored",
+            Self::NoteStored(_) => "note_stored",
+            Self::LeaveToStore => "leave_to_store",
             Self::Doze => "doze",
             Self::FinishWake => "finish_wake",
             Self::FinishRestore { .. } => "finish_restore",
@@ -184,7 +184,11 @@ fn judge_running(record: &SandboxRecord, vm: Option<&Vm>, moment: Moment) -> Opt
 }
 
 fn judge_hibernated(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
+    let is_waking = record.transition() == SandboxTransition::Waking;
     let vm = match vm {
+        // It was going to be made here, but nobody does any more.
+        None if record.in_store_alone => return is_waking.then_some(Action::Doze),
+        None if !record.stored_snapshot_id.is_empty() => return Some(Action::LeaveToStore),
         None => return Some(Action::Fail { failure: "its host has not stored it any more".into() }),
         Some(vm) if vm.epoch != record.epoch => return judge_other_epoch(record, vm),
         Some(vm) => vm,
@@ -193,9 +197,16 @@ fn judge_hibernated(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
         VmState::Failed => Some(lost(vm)),
         // Somebody has asked for it, and died.
         VmState::Running => Some(Action::FinishWake),
-        _ if record.transition() == SandboxTransition::Waking => Some(Action::Doze),
-        VmState::Hibernated if vm.stored_bytes != record.stored_bytes => {
-            Some(Action::NoteStored { stored_bytes: vm.stored_bytes })
+        _ if is_waking => Some(Action::Doze),
+        VmState::Hibernated => {
+            let stored = Stored {
+                bytes: vm.stored_bytes,
+                snapshot_id: vm.snapshot_id.clone(),
+                object_store_id: vm.object_store_id.clone(),
+            };
+            // A host that has just started may not know yet that it is there.
+            let is_news = vm.stored_bytes != record.stored_bytes || !vm.snapshot_id.is_empty();
+            (is_news && stored != Stored::of(record)).then_some(Action::NoteStored(stored))
         }
         _ => None,
     }
@@ -204,6 +215,7 @@ fn judge_hibernated(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
 /// Its host has the microVM of the epoch that was tried, or still that of the one before.
 fn judge_restoring(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
     match vm {
+        None if !record.stored_snapshot_id.is_empty() => Some(Action::Stay),
         None => Some(Action::Fail { failure: "its host has no such microVM any more".into() }),
         Some(vm) if vm.epoch == record.epoch => Some(Action::Stay),
         Some(vm) => judge_other_epoch(record, vm),

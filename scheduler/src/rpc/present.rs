@@ -66,6 +66,7 @@ impl Presenter {
             forked_from: record.forked_from.clone(),
             renewed: record.renewed.clone(),
             stored_bytes: record.stored_bytes,
+            is_uploaded: state == SandboxState::Hibernated && !record.stored_snapshot_id.is_empty(),
         }
     }
 

@@ -10,6 +10,7 @@
 //! has confirmed that nothing is left, or is no member: nobody can tell whether it ever comes back, and a tenant's quota
 //! is not to hang on that. If it does, what it still has is older than the mark, and is ended as a stray.
 
+use oc_proto::mesh::{HostRecord, SandboxRecord};
 use tokio::task::{JoinError, JoinSet};
 
 use super::Sandboxes;
@@ -100,7 +101,26 @@ impl Sandboxes {
             }
             Err(error) => return Err(error.into()),
         }
+        self.remove_from_store(record).await;
         self.bury(&marked.record.sandbox_id).await
+    }
+
+    /// Removes what an object store has of a hibernated sandbox. What its host still has is removed when that is
+    /// [looked at](crate::reconcile), from there, too; so this is for one whose host is lost, and tried once.
+    async fn remove_from_store(&self, record: &SandboxRecord) {
+        let id = record.stored_snapshot_id.as_str();
+        if id.is_empty() {
+            return;
+        }
+        let reaches_it = |host: &HostRecord| host.object_store_id == record.object_store_id;
+        let mut hosts = self.agents.hosts().all().into_iter();
+        let Some((host_id, _)) = hosts.find(|(_, host)| reaches_it(host)) else {
+            tracing::warn!(id, "what the object store has of a deleted sandbox stays: no host reaches it");
+            return;
+        };
+        if let Err(error) = self.agents.delete_snapshot(&host_id, id).await {
+            tracing::warn!(id, %error, "what the object store has of a deleted sandbox stays");
+        }
     }
 
     /// Writes that nothing is left of a sandbox.

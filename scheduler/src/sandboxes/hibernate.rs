@@ -7,6 +7,9 @@
 //!                                      └─ refuses ─► unmark, release the share ─► refuse
 //! ```
 //!
+//! A sandbox whose host is lost, and that is in an object store, is given another one as it is marked. That makes it of what
+//! the store has, under a higher epoch; should the lost one come back, what it has is a stray.
+//!
 //! A host may answer before the microVM is stored: what that takes is learned when it is
 //! [looked at](crate::reconcile) next.
 //!
@@ -15,17 +18,19 @@
 
 use std::time::{Duration, SystemTime};
 
+use oc_mesh::error::Reason;
 use oc_proto::{
-    mesh::{SandboxRecord, SandboxTransition},
+    mesh::{SandboxRecord, SandboxTransition, SnapshotSource, WakeVmResponse},
     v1::SandboxState,
 };
 
 use super::Sandboxes;
 use crate::{
-    agents::AgentError,
+    agents::{AgentError, CREATE_DEADLINE},
     fail,
     ledger::{Change, LedgerError, Next, Versioned},
     lifecycle::{self, Denied},
+    placement::{Like, Unplaceable},
     random,
     refusal::Refusal,
 };
@@ -133,6 +138,14 @@ impl Sandboxes {
                     let _live = self.flows.enter(sandbox_id);
                     return self.finish_wake(found).await;
                 }
+                (SandboxState::Hibernated, _) if self.is_to_move(record) => {
+                    let _live = self.flows.enter(sandbox_id);
+                    match self.place_elsewhere(found).await {
+                        Ok(marked) => return self.finish_wake(marked).await,
+                        Err(LedgerError::Conflict) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
                 (SandboxState::Hibernated, _) => {
                     // Before the mark, so that reconciliation does not take it for one that nobody works on.
                     let _live = self.flows.enter(sandbox_id);
@@ -159,7 +172,11 @@ impl Sandboxes {
     pub(crate) async fn finish_wake(&self, marked: Versioned) -> Result<SandboxRecord, Refusal> {
         let sandbox_id = marked.record.sandbox_id.as_str();
         fail::reached(fail::WAKE_MARKED);
-        match self.agents.wake_vm(&marked.record).await {
+        let woken = match marked.record.in_store_alone {
+            true => self.make_of_store(&marked.record).await,
+            false => self.agents.wake_vm(&marked.record).await,
+        };
+        match woken {
             Ok(woken) => {
                 fail::reached(fail::WAKE_WOKEN);
                 let now = self.clock.now();
@@ -181,5 +198,55 @@ impl Sandboxes {
                 Err(failed) => Err(failed.into()),
             },
         }
+    }
+
+    /// Whether a hibernated sandbox can only wake on a host that it is not on.
+    fn is_to_move(&self, record: &SandboxRecord) -> bool {
+        let is_lost = || self.agents.hosts().get(&record.host_id).is_none();
+        record.in_store_alone || !record.stored_snapshot_id.is_empty() && is_lost()
+    }
+
+    /// Marks a sandbox that is to wake on another host, and gives it one: one where its memory goes on, or else one where
+    /// its disk boots.
+    async fn place_elsewhere(&self, found: Versioned) -> Result<Versioned, LedgerError> {
+        let marked = lifecycle::mark_moving(&found.record)?;
+        let place = async |like: Like| {
+            let to = Next::Placed { record: marked.clone(), avoid: Vec::new(), like: Some(like) };
+            let sandbox_id = marked.sandbox_id.clone();
+            self.ledger.write(Change { sandbox_id, from: Some(found.clone()), to }).await
+        };
+        match place(like_of(&marked)).await {
+            Err(LedgerError::Unplaceable(Unplaceable::NoHost)) => {
+                place(Like { accelerator: None, vmm: None, ..like_of(&marked) }).await
+            }
+            placed => placed,
+        }
+    }
+
+    /// Has the host that a marked sandbox was given make it of what the object store has.
+    async fn make_of_store(&self, record: &SandboxRecord) -> Result<WakeVmResponse, AgentError> {
+        let snapshot_id = record.stored_snapshot_id.clone();
+        let host = self.agents.hosts().get(&record.host_id);
+        let disk_only = host.is_some_and(|host| !like_of(record).is_met_by(&host));
+        let source = SnapshotSource { snapshot_id, disk_only, wakes: true };
+        let made = match self.agents.create_vm(record, Some(source.clone()), CREATE_DEADLINE).await {
+            // Its disk may be whole.
+            Err(AgentError::Refused { reason: Reason::CheckpointDamaged, .. }) if !disk_only => {
+                let source = SnapshotSource { disk_only: true, ..source };
+                self.agents.create_vm(record, Some(source), CREATE_DEADLINE).await?
+            }
+            made => made?,
+        };
+        Ok(WakeVmResponse { accelerator: made.accelerator, start_path: made.start_path })
+    }
+}
+
+/// Where the memory of a hibernated sandbox goes on.
+fn like_of(record: &SandboxRecord) -> Like {
+    let same = |given: &String| (!given.is_empty()).then(|| given.clone());
+    Like {
+        object_store_id: record.object_store_id.clone(),
+        accelerator: same(&record.accelerator),
+        vmm: same(&record.stored_vmm),
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     io,
     path::Path,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -20,13 +20,14 @@ use super::{
     parts::{Bootable, Parts},
     previous,
     running::{self, CloneError, Running},
-    snapshot::{Manifest, Origin, Place},
+    snapshot::{Manifest, Origin, Place, shelved},
     stored::Stored,
     vmm::Memory,
 };
 use crate::{
     backend::{Captured, Circumstances, Condition, Guest, Instance, Scion, Wanted},
     fail,
+    identity::SandboxId,
     microvm::{Kind, MakeError},
     telemetry,
 };
@@ -280,6 +281,26 @@ impl Instance for Vm {
         })
         .await?;
         self.boot_with(&parts, (bootable, kind)).await
+    }
+
+    async fn shelf_id(&self, sandbox: &SandboxId) -> Result<Option<String>, MakeError> {
+        let (sandbox, place) = (sandbox.clone(), self.stored.place());
+        running::unless_damaged(&self.home, move |_| shelved::id_of(&sandbox, &place)).await
+    }
+
+    async fn shelve(&self, snapshot_id: &str, sleeps: Arc<AtomicBool>) -> Result<(), MakeError> {
+        let (parts, _) = self.source()?;
+        let (stored, id) = (self.stored.place(), snapshot_id.to_owned());
+        let work = move |home: &Home| {
+            if parts.shelf.has(&id) {
+                return Ok(());
+            }
+            let place = parts.places.snapshot(&id);
+            parts.pin(&Origin::read(home)?)?;
+            shelved::make(&stored, &home.layer(), &place, &parts.verified, &sleeps)?;
+            parts.shelf.add(&id).map(drop)
+        };
+        running::unless_damaged(&self.home, work).await
     }
 
     fn forget_stored(&self) -> BoxFuture<'static, Result<(), MakeError>> {

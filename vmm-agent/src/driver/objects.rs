@@ -22,7 +22,7 @@ pub mod fetch;
 pub mod inventory;
 pub mod sweep;
 #[cfg(test)]
-mod tests;
+pub(in crate::driver) mod tests;
 pub mod unfinished;
 pub mod upload;
 

@@ -22,6 +22,7 @@
 //! first, and then removes it.
 
 mod draft;
+pub mod shelved;
 
 use std::{
     fs::OpenOptions,

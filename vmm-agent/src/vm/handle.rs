@@ -35,6 +35,8 @@ pub struct Status {
     pub asleep_since: SystemTime,
     /// What its memory and devices take since it was last stored, bytes; 0 as long as they are not.
     pub stored_bytes: u64,
+    /// The snapshot of it while it sleeps, if there is to be one ([`crate::backend::Instance::shelve`]).
+    pub shelved: Option<Arc<str>>,
     /// Why it could not be stored when that was last tried.
     pub(super) store_error: Option<Arc<str>>,
     /// The way to its guest, while it runs.

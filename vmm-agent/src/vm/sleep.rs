@@ -293,9 +293,16 @@ async fn graft(owner: &Owner, order: &Order, starter: &Starter, microvm: &mut Mi
         clone.enter(Stage::Claimed(owner.clone()))?;
         let graft = clone.instance().graft(Scion::Stored(microvm.id()), &order.kind);
         timeout(RESTORE_DEADLINE, graft).await.unwrap_or(Err(MakeError::Late))?;
+        fail::pass(fail::WAKE_GRAFTED, clone.id())?;
+        if clone.exit().now_or_never().is_some() {
+            return Err(MakeError::Backend("its VMM process ended".into()));
+        }
         // Until the clone goes on either may be gone on with, so one of the two is written down at any moment.
         clone.enter_for_good(Stage::Running { owner: owner.clone(), path: StartPath::Memory }).await?;
-        microvm.forget_for_good().await
+        fail::reached(fail::WAKE_CLAIMED, clone.id());
+        microvm.forget_for_good().await?;
+        fail::reached(fail::WAKE_REPLACED, clone.id());
+        Ok(())
     };
     match grafted.await {
         Ok(()) => Some(std::mem::replace(microvm, clone)),

@@ -56,6 +56,20 @@ pub struct Source {
     pub snapshot_id: String,
     /// Whether only its disk is taken, which is booted.
     pub disk_only: bool,
+    /// Whether it is the sandbox's own, taken while that was hibernated: it stays who it was.
+    pub wakes: bool,
+}
+
+impl Source {
+    /// How what is made of it was started.
+    fn path(&self) -> StartPath {
+        match (self.wakes, self.disk_only) {
+            (false, false) => StartPath::Restored,
+            (false, true) => StartPath::RestoredDisk,
+            (true, false) => StartPath::Memory,
+            (true, true) => StartPath::Disk,
+        }
+    }
 }
 
 impl Order {
@@ -275,10 +289,8 @@ impl Starter {
         slot: &mut Option<MicroVm>,
         failures: &mut Vec<String>,
     ) -> Result<StartPath, StartError> {
-        let (path, deadline) = match source.disk_only {
-            true => (StartPath::RestoredDisk, BOOT_DEADLINE),
-            false => (StartPath::Restored, RESTORE_DEADLINE),
-        };
+        let path = source.path();
+        let deadline = if source.disk_only { BOOT_DEADLINE } else { RESTORE_DEADLINE };
         if let Some(microvm) = self.clone_for_snapshot(source, &order.kind) {
             let microvm = slot.insert(microvm);
             let graft = async {
@@ -325,7 +337,7 @@ impl Starter {
         self.workshop.backend().grafts(scion, kind).then(|| self.pool.take(kind)).flatten()
     }
 
-    /// Tells the guest whose it is, and then the journal that it runs.
+    /// Tells the guest whose it is, unless it knows, and then the journal that it runs.
     async fn hand_over(
         &self,
         owner: &Owner,
@@ -334,7 +346,10 @@ impl Starter {
         path: StartPath,
     ) -> Result<(), MakeError> {
         fail::pass(fail::CREATE_RESUMED, microvm.id())?;
-        microvm.activate(order.identity(owner)).await?;
+        match &order.source {
+            Some(Source { wakes: true, disk_only: false, .. }) => microvm.wake_guest().await?,
+            _ => microvm.activate(order.identity(owner)).await?,
+        }
         fail::pass(fail::CREATE_ACTIVATED, microvm.id())?;
         microvm.enter(Stage::Running { owner: owner.clone(), path })?;
         fail::reached(fail::CREATE_JOURNALLED, microvm.id());

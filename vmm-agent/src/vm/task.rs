@@ -78,6 +78,7 @@ impl Vm {
             tier: Tier::Stored,
             asleep_since: SystemTime::UNIX_EPOCH,
             stored_bytes: 0,
+            shelved: None,
             store_error: None,
             guest: None,
             is_stalled: false,
@@ -480,6 +481,8 @@ impl Task {
             Ok(Transition::Wake) => self.publish.send_modify(|status| {
                 status.phase = Phase::Waking;
                 status.start_error = None;
+                // Nobody's from here on.
+                status.shelved = None;
             }),
             _ => {}
         }

@@ -59,6 +59,8 @@ pub struct Policy {
     pub paused_for: Duration,
     /// Memory beyond the host's reserve that others, such as the pool, want before VMs are kept there, MiB.
     pub headroom_mb: u64,
+    /// Whether VMs of the second tier are put into the object store, too.
+    pub uploads: bool,
 }
 
 /// What to do with a VM of the first tier.
@@ -134,7 +136,7 @@ mod tests {
     use super::*;
 
     const LIMITS: Limits = Limits { max_sandboxes: 3, memory_reserve_mb: 500, disk_reserve_mb: 0 };
-    const POLICY: Policy = Policy { paused_for: Duration::from_secs(10), headroom_mb: 100 };
+    const POLICY: Policy = Policy { paused_for: Duration::from_secs(10), headroom_mb: 100, uploads: false };
     const ROOMY: Option<Room> = Some(Room { memory_mb: 600, disk_mb: 0 });
     const SHORT: Option<Room> = Some(Room { memory_mb: 599, disk_mb: 0 });
 

@@ -441,6 +441,14 @@ impl Instance for FakeInstance {
         self.world.change(&self.id, |vm| vm.disk.fetch_add(1, Ordering::SeqCst)).map(drop)
     }
 
+    async fn shelf_id(&self, _: &SandboxId) -> Result<Option<String>, MakeError> {
+        Ok(None)
+    }
+
+    async fn shelve(&self, _: &str, _: Arc<AtomicBool>) -> Result<(), MakeError> {
+        Ok(())
+    }
+
     fn forget_stored(&self) -> BoxFuture<'static, Result<(), MakeError>> {
         let (world, id) = (self.world.clone(), self.id.clone());
         Box::pin(async move {
@@ -682,7 +690,7 @@ impl Agent {
             data_dir: data_dir.into(),
         };
         let pool = Pool::new(workshop.clone(), settings);
-        let policy = Policy { paused_for, headroom_mb: 0 };
+        let policy = Policy { paused_for, headroom_mb: 0, uploads: false };
         let host = Host::open(workshop, pool.clone(), limits, policy).unwrap();
         host.recover().await.unwrap();
         let cancel = CancellationToken::new();

@@ -56,6 +56,8 @@ pub struct Plan {
     data_image_mb: Option<u32>,
     no_snapshots: bool,
     object_store: String,
+    /// Whether that may outlive this machine.
+    is_object_store_elsewhere: bool,
     public_url: Option<String>,
     accelerator: String,
 }
@@ -121,6 +123,7 @@ impl Plan {
             data_image_mb: arguments.data_image_mb,
             no_snapshots: arguments.no_snapshots,
             object_store,
+            is_object_store_elsewhere: arguments.object_store.is_some(),
             public_url: arguments.public_url.clone(),
             accelerator: arguments
                 .accelerator
@@ -161,6 +164,9 @@ impl Plan {
         agent.option("--guest-binary", &self.guest_binary);
         agent.option("--accelerator", &self.accelerator);
         agent.option("--object-store", &self.object_store);
+        if self.is_object_store_elsewhere {
+            agent.words.push("--upload-hibernated".into());
+        }
         agent.number("--pool-size", self.pool_size);
         agent.number("--max-sandboxes", self.max_sandboxes);
         agent.number("--paused-for", self.paused_for);

@@ -231,6 +231,17 @@ impl Bed {
         Ok(found)
     }
 
+    /// Waits until as many clones wait as are to.
+    pub async fn pool_is_ready(&self) -> anyhow::Result<()> {
+        let rest = self.rest();
+        eventually("the pool is ready", async || {
+            let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
+            ensure!(nodes[0]["poolReady"].as_u64() == Some(self.pool as u64), "{nodes}");
+            Ok(())
+        })
+        .await
+    }
+
     /// The VMMs that run.
     pub fn vmms(&self) -> Vec<i32> {
         processes::vmms(self.mesh.state()).into_iter().map(|vmm| vmm.pid).collect()

@@ -117,13 +117,47 @@ fn what_a_host_stores_after_it_has_answered_is_noted() {
     let hibernated = lifecycle::hibernate(&marked, &Default::default()).unwrap();
     let stored = Vm { stored_bytes: 5, ..vm(VmState::Hibernated, 1, 0) };
     let action = judge("here", Some(&hibernated), Some(&stored), moment(2));
-    assert_eq!(action, Some(Action::NoteStored { stored_bytes: 5 }));
-    let noted = lifecycle::note_stored(&hibernated, 5).unwrap();
+    let what = Stored { bytes: 5, ..Default::default() };
+    assert_eq!(action, Some(Action::NoteStored(what.clone())));
+    let noted = lifecycle::note_stored(&hibernated, &what, "QEMU").unwrap();
     assert_eq!(judged(Some(&noted), Some(&stored), 4), None);
     // It wakes: what is stored is worth nothing any more.
     let waking = lifecycle::mark_waking(&hibernated).unwrap();
     assert_eq!(judged(Some(&waking), Some(&stored), 4), Some("doze"));
-    assert!(lifecycle::note_stored(&waking, 5).is_err());
+    assert!(lifecycle::note_stored(&waking, &what, "QEMU").is_err());
+}
+
+#[test]
+fn what_is_in_an_object_store_outlives_its_host() {
+    let hibernated = SandboxRecord { stored_bytes: 5, ..record(SandboxState::Hibernated, 1) };
+    let listed = Vm {
+        stored_bytes: 5,
+        snapshot_id: "hibernated-1".into(),
+        object_store_id: "store".into(),
+        ..vm(VmState::Hibernated, 1, 0)
+    };
+    let what = Stored { bytes: 5, snapshot_id: "hibernated-1".into(), object_store_id: "store".into() };
+    let action = judge("here", Some(&hibernated), Some(&listed), moment(2));
+    assert_eq!(action, Some(Action::NoteStored(what.clone())));
+    let noted = lifecycle::note_stored(&hibernated, &what, "QEMU").unwrap();
+    assert_eq!(judged(Some(&noted), Some(&listed), 4), None);
+    let unsure = Vm { stored_bytes: 5, ..vm(VmState::Hibernated, 1, 0) };
+    assert_eq!(judged(Some(&noted), Some(&unsure), 4), None, "its agent has just started");
+    assert_eq!(judged(Some(&hibernated), None, 4), Some("fail"));
+    assert_eq!(judged(Some(&noted), None, 4), Some("leave_to_store"));
+    let left = lifecycle::leave_to_store(&noted).unwrap();
+    assert_eq!(judged(Some(&left), None, 4), None);
+    // It is given another host, which has nothing of it until it has made it.
+    let moving = lifecycle::place(&lifecycle::mark_moving(&noted).unwrap(), "there").unwrap();
+    assert_eq!((moving.epoch, moving.host_id.as_str(), moving.reserved), (2, "there", true));
+    let there = |vm: Option<Vm>| judge("there", Some(&moving), vm.as_ref(), moment(4)).map(|a| a.kind());
+    assert_eq!(there(None), Some("doze"));
+    assert_eq!(there(Some(vm(VmState::Running, 2, 0))), Some("finish_wake"));
+    assert_eq!(judged(Some(&moving), Some(&listed), 4), Some("end_stray"), "the first host comes back");
+    let dozes = lifecycle::doze(&moving).unwrap();
+    assert_eq!(judge("there", Some(&dozes), None, moment(4)), None);
+    let woken = lifecycle::wake(&moving, &Default::default(), at(5)).unwrap();
+    assert_eq!((woken.in_store_alone, woken.stored_snapshot_id.as_str()), (false, ""));
 }
 
 #[test]
@@ -246,9 +280,10 @@ impl World {
                 let host = HibernateVmResponse { stored_bytes, ..Default::default() };
                 write(&mut self.record, &|r| lifecycle::hibernate(r, &host));
             }
-            Action::NoteStored { stored_bytes } => {
-                write(&mut self.record, &|r| lifecycle::note_stored(r, stored_bytes));
+            Action::NoteStored(what) => {
+                write(&mut self.record, &|r| lifecycle::note_stored(r, &what, "QEMU"));
             }
+            Action::LeaveToStore => write(&mut self.record, &lifecycle::leave_to_store),
             Action::FinishWake => {
                 write(&mut self.record, &|r| lifecycle::wake(r, &Default::default(), now));
             }
@@ -276,6 +311,9 @@ impl World {
             (Some(record), vm) if record.state() == SandboxState::Running => {
                 vm.as_ref().is_some_and(|vm| vm.state() == VmState::Running && vm.epoch == record.epoch)
             }
+            (Some(record), None) if record.in_store_alone => {
+                record.transition() == SandboxTransition::Unspecified && !record.reserved
+            }
             (Some(record), vm) if record.state() == SandboxState::Hibernated => {
                 vm.as_ref().is_some_and(|vm| vm.state() == VmState::Hibernated && vm.epoch == record.epoch)
                     && record.transition() == SandboxTransition::Unspecified
@@ -299,13 +337,16 @@ fn worlds() -> impl Strategy<Value = World> {
         SandboxState::Failed,
         SandboxState::Deleted,
     ]);
-    let record = (states, 1..4_u64, any::<bool>(), 0..3, 0..100_u64).prop_map(
-        |(state, epoch, deleting, mark, active)| {
+    let record = (states, 1..4_u64, any::<bool>(), 0..3, 0..100_u64, 0..3).prop_map(
+        |(state, epoch, deleting, mark, active, stored)| {
             let is_deleted = state == SandboxState::Deleted;
+            let is_stored = stored > 0 && state == SandboxState::Hibernated;
             let record = SandboxRecord {
                 deleting: deleting && !is_deleted,
                 deleted_at: is_deleted.then(|| at(100).into()),
                 active_at: Some(at(active).into()),
+                stored_snapshot_id: if is_stored { "hibernated-1".into() } else { String::new() },
+                in_store_alone: is_stored && stored > 1,
                 ..record(state, epoch)
             };
             let marked = match state {
@@ -321,8 +362,13 @@ fn worlds() -> impl Strategy<Value = World> {
         },
     );
     let vm_states = prop::sample::select(vec![VmState::Running, VmState::Hibernated, VmState::Failed]);
-    let vm = (vm_states, 1..4_u64, 0..100_u64, 0..3_i64)
-        .prop_map(|(state, epoch, used, stored_bytes)| Vm { stored_bytes, ..vm(state, epoch, used) });
+    let vm = (vm_states, 1..4_u64, 0..100_u64, 0..3_i64, any::<bool>()).prop_map(
+        |(state, epoch, used, stored_bytes, is_stored)| Vm {
+            stored_bytes,
+            snapshot_id: if is_stored { "hibernated-2".into() } else { String::new() },
+            ..vm(state, epoch, used)
+        },
+    );
     (prop::option::of(record), prop::option::of(vm))
         .prop_filter("no host holds what no record ever said", |(record, vm)| match (record, vm) {
             (Some(record), Some(vm)) => {

@@ -39,7 +39,7 @@ const PACE: Pace = Pace {
     sweep_every: Duration::from_secs(1000),
 };
 
-pub(super) fn origin() -> Origin {
+pub(in crate::driver) fn origin() -> Origin {
     Origin {
         snapshot_key: "k".into(),
         template: "base".into(),

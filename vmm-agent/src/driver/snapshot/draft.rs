@@ -22,7 +22,13 @@ use crate::{
 
 /// A directory that is removed with this, unless it has another name by then.
 #[derive(Debug)]
-struct Scratch(PathBuf);
+pub(super) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(super) fn of(dir: PathBuf) -> Self {
+        Self(dir)
+    }
+}
 
 impl Drop for Scratch {
     fn drop(&mut self) {

@@ -1,24 +1,31 @@
 //! What the task does with a VM that is put to sleep, sleeps, and wakes. In the first [tier](super::super::tier) the task
 //! captures it and ends its process when its time is over; a request to wake or to delete it is never kept waiting by that.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
 
-use futures_util::FutureExt as _;
+use futures_util::{FutureExt as _, future::OptionFuture};
 use tokio::{
-    sync::oneshot,
+    sync::{oneshot, watch},
     time::{sleep as wait, timeout},
 };
 use tracing::{info, warn};
 
 use super::Task;
 use crate::{
+    identity::SandboxId,
     journal::StartPath,
     microvm::{MakeError, MicroVm},
     telemetry,
     vm::{
         activity::Closed,
         decide::{Input, Phase, Transition},
-        handle::Request,
+        handle::{Request, Status},
         sleep::{self, Asleep},
         tier::{Left, Paused, Step, Tier},
     },
@@ -110,13 +117,21 @@ impl Task {
     /// Waits until a VM that sleeps is woken or deleted.
     pub(super) async fn sleep(&mut self, microvm: Option<&mut MicroVm>) -> Option<Transition> {
         self.publish.send_modify(|status| status.phase = Phase::Hibernated);
-        if let Some(microvm) = microvm {
-            while let Left::Paused(_) = self.left {
-                if let Some(next) = self.stay_paused(microvm).await {
-                    return next;
-                }
+        let mut microvm = microvm;
+        while let (Left::Paused(_), Some(microvm)) = (self.left, microvm.as_deref_mut()) {
+            if let Some(next) = self.stay_paused(microvm).await {
+                return next;
             }
         }
+        let (sleeps, sandbox) = (Sleeps::default(), self.owner.sandbox.clone());
+        let shelving = microvm.filter(|_| self.surroundings.policy.uploads && self.left == Left::Stored);
+        let mut shelving = std::pin::pin!(OptionFuture::from(shelving.map(|microvm| shelve(
+            &sandbox,
+            microvm,
+            self.publish.clone(),
+            sleeps.0.clone()
+        ))));
+        let mut is_shelved = false;
         loop {
             tokio::select! {
                 request = self.queue.recv() => {
@@ -125,6 +140,7 @@ impl Task {
                         return decided;
                     }
                 }
+                _ = &mut shelving, if !is_shelved => is_shelved = true,
                 () = self.surroundings.leave.cancelled() => return None,
             }
         }
@@ -290,6 +306,49 @@ impl Task {
     /// How the VM was started.
     fn path(&self) -> StartPath {
         self.publish.borrow().path.unwrap_or(StartPath::Cold)
+    }
+}
+
+/// Says that a VM sleeps, until it is dropped.
+struct Sleeps(Arc<AtomicBool>);
+
+impl Default for Sleeps {
+    fn default() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+}
+
+impl Drop for Sleeps {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Makes a snapshot of a VM of the second tier, for the object store, and tells what it is called before it is there. What
+/// fails is tried again, at longer and longer intervals.
+async fn shelve(
+    sandbox: &SandboxId,
+    microvm: &mut MicroVm,
+    publish: watch::Sender<Status>,
+    sleeps: Arc<AtomicBool>,
+) {
+    for failed in 1.. {
+        let shelved = async {
+            let Some(id) = microvm.instance().shelf_id(sandbox).await? else { return Ok(None) };
+            publish.send_modify(|status| status.shelved = Some(id.as_str().into()));
+            microvm.instance().shelve(&id, sleeps.clone()).await.map(|()| Some(id))
+        };
+        match shelved.await {
+            Ok(Some(snapshot_id)) => {
+                return info!(snapshot_id, "a hibernated VM is to go to the object store");
+            }
+            Ok(None) => return,
+            Err::<_, MakeError>(error) => {
+                let rest = rest_after(failed);
+                warn!(%error, rest_ms = rest.as_millis(), "a hibernated VM cannot go to the object store yet");
+                wait(rest).await;
+            }
+        }
     }
 }
 
