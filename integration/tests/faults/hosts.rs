@@ -121,7 +121,7 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
 }
 
 /// Kills all of a mesh: what it has on disk stays, and nobody is told.
-async fn lose(mesh: &Mesh) -> anyhow::Result<()> {
+fn lose(mesh: &Mesh) -> anyhow::Result<()> {
     crash(supervisor_of(mesh)?)?;
     for service in ["gateway", "vmm-agent", "scheduler"] {
         crash(mesh.pid(service)?)?;
@@ -137,18 +137,9 @@ pub async fn a_hibernated_sandbox_outlives_its_host(_: Arc<()>) -> anyhow::Resul
     let options =
         ["--pool-size", "0", "--paused-for", "0", "--store", &store, "--object-store", &object_store];
     let mut first = Mesh::start(&options)?;
-    let second = Mesh::start(&options)?;
     let on = |mesh: &Mesh, sandbox: &Sandbox| mesh.rest().sandbox(&sandbox.id);
-    // Placement spreads them: as many as it takes to have two on the first host.
-    let mut sandboxes: Vec<Sandbox> = Vec::new();
-    while sandboxes.len() < 2 {
-        let made = first.rest().create(json!({ "timeout": 0, "envs": { "A": "kept" } })).await?;
-        match made.get().await?.expect(200)?.json()["workerID"] == first.host_id() {
-            true => sandboxes.push(made),
-            false => made.delete().await?,
-        }
-    }
-    let [sandbox, forgotten] = &sandboxes[..] else { anyhow::bail!("two") };
+    let create = async || first.rest().create(json!({ "timeout": 0, "envs": { "A": "kept" } })).await;
+    let (sandbox, forgotten) = (&create().await?, &create().await?);
     sandbox
         .run("(while :; do date +%s%N > /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
         .await?;
@@ -156,7 +147,7 @@ pub async fn a_hibernated_sandbox_outlives_its_host(_: Arc<()>) -> anyhow::Resul
     // What is put there of an earlier hibernation is not what it wakes from.
     for round in ["earlier", "later"] {
         sandbox.run(&format!("echo {round} > round")).await?;
-        for sandbox in &sandboxes {
+        for sandbox in [sandbox, forgotten] {
             first.rest().post(&sandbox.path("/hibernate"), json!({})).await?.expect(200)?;
             eventually("it is in the object store", async || {
                 let shown = sandbox.get().await?.expect(200)?.json();
@@ -166,7 +157,8 @@ pub async fn a_hibernated_sandbox_outlives_its_host(_: Arc<()>) -> anyhow::Resul
             .await?;
         }
     }
-    lose(&first).await?;
+    let second = Mesh::start(&options)?;
+    lose(&first)?;
     let rest = second.rest();
     eventually("the first host is missed", async || {
         let nodes = rest.get("/api/nodes").await?.expect(200)?.json();

@@ -6,8 +6,8 @@ use std::{
 };
 
 use oc_proto::{
-    mesh::{CheckpointRecord, Snapshot},
-    v1::CheckpointState,
+    mesh::{CheckpointRecord, SandboxRecord, Snapshot},
+    v1::{CheckpointState, SandboxState},
 };
 
 use super::{
@@ -17,7 +17,7 @@ use super::{
     shown,
     take::is_processing,
 };
-use crate::{reconcile::plan::Moment, refusal::Refusal, telemetry};
+use crate::{lifecycle, reconcile::plan::Moment, refusal::Refusal, telemetry};
 
 impl Checkpoints {
     /// The checkpoints that are on a host, by their records.
@@ -62,7 +62,12 @@ impl Checkpoints {
     /// made of it. Its record says so before anybody is asked for that, so what is not wanted now never will be.
     async fn end_unless_wanted(&self, id: &str, sandbox_id: &str, host_id: &str) -> Result<bool, Refusal> {
         let found = self.sandboxes.ledger.read(sandbox_id).await?;
-        if found.is_some_and(|found| found.record.stored_snapshot_id == id) {
+        let is_wanted = |record: &SandboxRecord| {
+            record.state() == SandboxState::Hibernated
+                && !lifecycle::is_deleted(record)
+                && record.stored_snapshot_id == id
+        };
+        if found.is_some_and(|found| is_wanted(&found.record)) {
             return Ok(false);
         }
         self.sandboxes.agents.delete_snapshot(host_id, id).await?;

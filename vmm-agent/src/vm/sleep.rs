@@ -294,15 +294,13 @@ async fn graft(owner: &Owner, order: &Order, starter: &Starter, microvm: &mut Mi
         let graft = clone.instance().graft(Scion::Stored(microvm.id()), &order.kind);
         timeout(RESTORE_DEADLINE, graft).await.unwrap_or(Err(MakeError::Late))?;
         fail::pass(fail::WAKE_GRAFTED, clone.id())?;
-        if clone.exit().now_or_never().is_some() {
-            return Err(MakeError::Backend("its VMM process ended".into()));
-        }
+        unless_ended(&clone)?;
         // Until the clone goes on either may be gone on with, so one of the two is written down at any moment.
         clone.enter_for_good(Stage::Running { owner: owner.clone(), path: StartPath::Memory }).await?;
         fail::reached(fail::WAKE_CLAIMED, clone.id());
         microvm.forget_for_good().await?;
         fail::reached(fail::WAKE_REPLACED, clone.id());
-        Ok(())
+        Ok::<_, MakeError>(())
     };
     match grafted.await {
         Ok(()) => Some(std::mem::replace(microvm, clone)),
@@ -323,7 +321,16 @@ async fn go_on_as_clone(mut replaced: MicroVm, microvm: &mut MicroVm) -> Result<
 
 async fn restore(order: &Order, microvm: &mut MicroVm) -> Result<(), MakeError> {
     microvm.instance().release().await?;
-    microvm.instance().restore_stored(&order.kind).await
+    microvm.instance().restore_stored(&order.kind).await?;
+    unless_ended(microvm)
+}
+
+/// One that has ended before it went on has changed nothing: what is stored is still good.
+fn unless_ended(microvm: &MicroVm) -> Result<(), MakeError> {
+    match microvm.exit().now_or_never() {
+        Some(()) => Err(MakeError::Backend("its VMM process ended".into())),
+        None => Ok(()),
+    }
 }
 
 /// Lets a VM go on that stands still.
