@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod elsewhere;
+mod hibernated;
 mod host;
 mod mesh;
 

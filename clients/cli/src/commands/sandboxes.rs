@@ -175,6 +175,7 @@ fn details(sandbox: &Sandbox) -> String {
         ),
         ("start", sandbox.start_path.clone()),
         ("stored", mebibytes(sandbox.stored_bytes)),
+        ("uploaded", if sandbox.is_uploaded { "yes" } else { "" }.to_owned()),
         ("from checkpoint", sandbox.from_checkpoint_id.clone()),
         ("forked from", sandbox.forked_from.clone()),
         ("host", sandbox.worker_id.clone()),

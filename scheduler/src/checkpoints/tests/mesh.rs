@@ -37,6 +37,8 @@ pub(super) const TENANT: &str = "acme";
 pub(super) const HOST: &str = "host-a";
 /// Its object store.
 pub(super) const STORE: &str = "store-a";
+/// Its VMM.
+pub(super) const VMM: &str = "QEMU 10";
 
 pub(super) struct Mesh {
     pub(super) sandboxes: Sandboxes,
@@ -70,7 +72,7 @@ impl Mesh {
         let stop = CancellationToken::new();
         let endpoint = Endpoint::Unix(directory.path().join("agent.sock"));
         let host = FakeHost::serve(endpoint.clone(), Arc::new(clock.clone()), stop.clone()).await;
-        let then = vec![record::put(keys::host(HOST), &member(HOST, &endpoint, STORE))];
+        let then = vec![record::put(keys::host(HOST), &member(HOST, &endpoint, STORE, VMM))];
         store.txn(Txn { compare: vec![], then }).await.unwrap();
         Self::around(store, host, clock, stop, directory).await
     }
@@ -139,9 +141,14 @@ impl Mesh {
 
     /// Another host joins, with the object store `object_store_id`.
     pub(super) async fn join(&self, host_id: &str, object_store_id: &str) -> FakeHost {
+        self.join_as(host_id, object_store_id, VMM).await
+    }
+
+    /// As [`Mesh::join`], with another VMM.
+    pub(super) async fn join_as(&self, host_id: &str, object_store_id: &str, vmm: &str) -> FakeHost {
         let endpoint = Endpoint::Unix(self.directory.path().join(host_id));
         let host = FakeHost::serve(endpoint.clone(), Arc::new(self.clock.clone()), self.stop.clone()).await;
-        let then = vec![record::put(keys::host(host_id), &member(host_id, &endpoint, object_store_id))];
+        let then = vec![record::put(keys::host(host_id), &member(host_id, &endpoint, object_store_id, vmm))];
         self.store.txn(Txn { compare: vec![], then }).await.unwrap();
         until("it has joined", async || self.sandboxes.agents.hosts().get(host_id).is_some()).await;
         host
@@ -165,6 +172,14 @@ impl Mesh {
         let then = vec![store::Op::Delete { key: keys::host(HOST) }];
         self.store.txn(Txn { compare: vec![], then }).await.unwrap();
         until("it has left", async || self.sandboxes.agents.hosts().get(HOST).is_none()).await;
+    }
+
+    /// It comes back.
+    pub(super) async fn find_host(&self) {
+        let endpoint = Endpoint::Unix(self.directory.path().join("agent.sock"));
+        let then = vec![record::put(keys::host(HOST), &member(HOST, &endpoint, STORE, VMM))];
+        self.store.txn(Txn { compare: vec![], then }).await.unwrap();
+        until("it is back", async || self.sandboxes.agents.hosts().get(HOST).is_some()).await;
     }
 
     /// A new sandbox.
@@ -209,7 +224,7 @@ impl Mesh {
 }
 
 /// The record of a host.
-fn member(host_id: &str, endpoint: &Endpoint, object_store_id: &str) -> HostRecord {
+fn member(host_id: &str, endpoint: &Endpoint, object_store_id: &str, vmm: &str) -> HostRecord {
     HostRecord {
         host_id: host_id.into(),
         endpoint: endpoint.to_string(),
@@ -219,7 +234,7 @@ fn member(host_id: &str, endpoint: &Endpoint, object_store_id: &str) -> HostReco
         disk_free_mb: 100_000,
         object_store_id: object_store_id.into(),
         accelerator: "tcg".into(),
-        vmm: "QEMU 10".into(),
+        vmm: vmm.into(),
         ..Default::default()
     }
 }
