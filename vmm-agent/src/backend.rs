@@ -197,9 +197,14 @@ pub trait Instance: Debug + Send + Sync + 'static {
     async fn shelf_id(&self, sandbox: &SandboxId) -> Result<Option<String>, MakeError>;
 
     /// Makes a snapshot of a VM that is stored, of its memory and a copy of its disk, which the host keeps as any other, and
-    /// for as long as it `sleeps`: it says so no more before it goes on, and then there is none. Fine if there is one. It may
-    /// go on for a while after it was dropped.
-    async fn shelve(&self, snapshot_id: &str, sleeps: Arc<AtomicBool>) -> Result<(), MakeError>;
+    /// for as long as it `sleeps`: it says so no more before it goes on, and then there is none. It takes at most `spare_bytes`
+    /// of disk. Fine if there is one. It may go on for a while after it was dropped.
+    async fn shelve(
+        &self,
+        snapshot_id: &str,
+        spare_bytes: u64,
+        sleeps: Arc<AtomicBool>,
+    ) -> Result<(), MakeError>;
 
     /// Removes what is stored of its memory, which a VM that has gone on makes worthless. Not to be waited for beside
     /// another call.

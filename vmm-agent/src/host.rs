@@ -30,6 +30,7 @@ use crate::{
     vm::{
         decide::{Denied, Phase},
         handle::{Hibernated, Vm, VmError},
+        shelves::Shelves,
         start::{Order, Origin, StartError, Starter},
         task::Surroundings,
         tier::Policy,
@@ -82,6 +83,7 @@ impl Host {
             tombstones: Arc::new(Mutex::new(tombstones)),
             policy,
             captures: Arc::new(Semaphore::new(CAPTURES_AT_ONCE)),
+            shelves: policy.uploads.then(|| Shelves::new(workshop.clone(), limits)),
             leave: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };

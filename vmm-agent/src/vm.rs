@@ -33,7 +33,8 @@
 //!   ([`halt`]); it is running all the while, and its calls are refused.
 //! - **hibernated** is a VM that sleeps ([`sleep`]), in one of two [tiers](tier). In the first one its process stands still
 //!   with its memory, which is captured meanwhile; in the second only its disk and its stored memory are left. Either way
-//!   nobody counts its memory or its place, and it survives the machine: what is not captured by then, by its disk.
+//!   nobody counts its memory or its place, and it survives the machine: what is not captured by then, by its disk. From the
+//!   second one it goes to the object store, too, if its host is told so ([`shelves`]).
 //! - **failed** is a VM that ran and was lost. Its process is ended; its sandbox is listed, with the reason, until
 //!   it is deleted.
 //! - **deleting** gives up a start in progress. The deletion is remembered ([`crate::tombstones`]) before
@@ -43,6 +44,7 @@ pub mod activity;
 pub mod decide;
 pub mod halt;
 pub mod handle;
+pub mod shelves;
 pub mod sleep;
 pub mod start;
 pub mod task;

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::unix::fs::MetadataExt as _,
     path::Path,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant, SystemTime},
@@ -288,16 +289,25 @@ impl Instance for Vm {
         running::unless_damaged(&self.home, move |_| shelved::id_of(&sandbox, &place)).await
     }
 
-    async fn shelve(&self, snapshot_id: &str, sleeps: Arc<AtomicBool>) -> Result<(), MakeError> {
+    async fn shelve(
+        &self,
+        snapshot_id: &str,
+        spare_bytes: u64,
+        sleeps: Arc<AtomicBool>,
+    ) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
         let (stored, id) = (self.stored.place(), snapshot_id.to_owned());
         let work = move |home: &Home| {
             if parts.shelf.has(&id) {
                 return Ok(());
             }
-            let place = parts.places.snapshot(&id);
+            let (layer, place) = (home.layer(), parts.places.snapshot(&id));
+            // What nothing shares, if the filesystem cannot. st_blocks is in units of 512 bytes (stat(2)).
+            if layer.metadata()?.blocks() * 512 > spare_bytes {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
             parts.pin(&Origin::read(home)?)?;
-            shelved::make(&stored, &home.layer(), &place, &parts.verified, &sleeps)?;
+            shelved::make(&stored, &layer, &place, &parts.verified, &sleeps)?;
             parts.shelf.add(&id).map(drop)
         };
         running::unless_damaged(&self.home, work).await

@@ -1,6 +1,6 @@
 //! The task that owns one sandbox's VM. Everybody else holds a [`Vm`]. What it does with one that sleeps is in [`sleeper`].
 
-mod sleeper;
+pub(super) mod sleeper;
 
 use std::{
     sync::Arc,
@@ -29,6 +29,7 @@ use crate::{
         decide::{Denied, Input, Phase, Transition, decide},
         halt,
         handle::{Request, Shared, Status, Vm, VmError},
+        shelves::Shelves,
         sleep,
         start::{Order, Origin, StartError, Starter},
         tier::{Left, Policy, Tier},
@@ -53,6 +54,8 @@ pub struct Surroundings {
     pub policy: Policy,
     /// One permit for each VM of the first tier that is captured at the moment.
     pub captures: Arc<Semaphore>,
+    /// Makes snapshots of VMs of the second tier, if they are to go to the object store.
+    pub shelves: Option<Shelves>,
     /// Says that the agent ends; VMs that run go on without it.
     pub leave: CancellationToken,
     /// Waits for the tasks when the agent ends.

@@ -445,7 +445,7 @@ impl Instance for FakeInstance {
         Ok(None)
     }
 
-    async fn shelve(&self, _: &str, _: Arc<AtomicBool>) -> Result<(), MakeError> {
+    async fn shelve(&self, _: &str, _: u64, _: Arc<AtomicBool>) -> Result<(), MakeError> {
         Ok(())
     }
 

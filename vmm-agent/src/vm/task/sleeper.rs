@@ -1,31 +1,25 @@
 //! What the task does with a VM that is put to sleep, sleeps, and wakes. In the first [tier](super::super::tier) the task
 //! captures it and ends its process when its time is over; a request to wake or to delete it is never kept waiting by that.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use futures_util::{FutureExt as _, future::OptionFuture};
 use tokio::{
-    sync::{oneshot, watch},
+    sync::oneshot,
     time::{sleep as wait, timeout},
 };
 use tracing::{info, warn};
 
 use super::Task;
 use crate::{
-    identity::SandboxId,
     journal::StartPath,
     microvm::{MakeError, MicroVm},
     telemetry,
     vm::{
         activity::Closed,
         decide::{Input, Phase, Transition},
-        handle::{Request, Status},
+        handle::Request,
+        shelves::Sleeps,
         sleep::{self, Asleep},
         tier::{Left, Paused, Step, Tier},
     },
@@ -123,14 +117,12 @@ impl Task {
                 return next;
             }
         }
-        let (sleeps, sandbox) = (Sleeps::default(), self.owner.sandbox.clone());
-        let shelving = microvm.filter(|_| self.surroundings.policy.uploads && self.left == Left::Stored);
-        let mut shelving = std::pin::pin!(OptionFuture::from(shelving.map(|microvm| shelve(
-            &sandbox,
-            microvm,
-            self.publish.clone(),
-            sleeps.0.clone()
-        ))));
+        let (shelves, sandbox) = (self.surroundings.shelves.clone(), self.owner.sandbox.clone());
+        let (sleeps, publish) = (Sleeps::default(), self.publish.clone());
+        let shelving = shelves.as_ref().zip(microvm.filter(|_| self.left == Left::Stored));
+        let shelving =
+            shelving.map(|(shelves, microvm)| shelves.shelve(&sandbox, microvm, &publish, &sleeps));
+        let mut shelving = std::pin::pin!(OptionFuture::from(shelving));
         let mut is_shelved = false;
         loop {
             tokio::select! {
@@ -309,51 +301,8 @@ impl Task {
     }
 }
 
-/// Says that a VM sleeps, until it is dropped.
-struct Sleeps(Arc<AtomicBool>);
-
-impl Default for Sleeps {
-    fn default() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
-    }
-}
-
-impl Drop for Sleeps {
-    fn drop(&mut self) {
-        self.0.store(false, Ordering::SeqCst);
-    }
-}
-
-/// Makes a snapshot of a VM of the second tier, for the object store, and tells what it is called before it is there. What
-/// fails is tried again, at longer and longer intervals.
-async fn shelve(
-    sandbox: &SandboxId,
-    microvm: &mut MicroVm,
-    publish: watch::Sender<Status>,
-    sleeps: Arc<AtomicBool>,
-) {
-    for failed in 1.. {
-        let shelved = async {
-            let Some(id) = microvm.instance().shelf_id(sandbox).await? else { return Ok(None) };
-            publish.send_modify(|status| status.shelved = Some(id.as_str().into()));
-            microvm.instance().shelve(&id, sleeps.clone()).await.map(|()| Some(id))
-        };
-        match shelved.await {
-            Ok(Some(snapshot_id)) => {
-                return info!(snapshot_id, "a hibernated VM is to go to the object store");
-            }
-            Ok(None) => return,
-            Err::<_, MakeError>(error) => {
-                let rest = rest_after(failed);
-                warn!(%error, rest_ms = rest.as_millis(), "a hibernated VM cannot go to the object store yet");
-                wait(rest).await;
-            }
-        }
-    }
-}
-
 /// How long to wait after so many failures in a row.
-fn rest_after(failed: u32) -> Duration {
+pub(in crate::vm) fn rest_after(failed: u32) -> Duration {
     REST.0.saturating_mul(1 << failed.saturating_sub(1).min(6)).min(REST.1)
 }
 
