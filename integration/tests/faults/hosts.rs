@@ -39,7 +39,7 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
     let mut first = Mesh::start(&options)?;
     let sandbox = first.rest().create(json!({ "timeout": 0 })).await?;
     sandbox
-        .run("(while :; do date +%s%N > /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
+        .run("(while :; do date +%s%N > /dev/shm/next; mv /dev/shm/next /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
         .await?;
     let pid = sandbox.run("cat /dev/shm/pid").await?;
     let taken = first.rest().post(&sandbox.path("/checkpoints"), json!({ "name": "one" })).await?;
@@ -141,7 +141,7 @@ pub async fn a_hibernated_sandbox_outlives_its_host(_: Arc<()>) -> anyhow::Resul
     let create = async || first.rest().create(json!({ "timeout": 0, "envs": { "A": "kept" } })).await;
     let (sandbox, forgotten) = (&create().await?, &create().await?);
     sandbox
-        .run("(while :; do date +%s%N > /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
+        .run("(while :; do date +%s%N > /dev/shm/next; mv /dev/shm/next /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
         .await?;
     let pid = sandbox.run("cat /dev/shm/pid").await?;
     // What is put there of an earlier hibernation is not what it wakes from.
