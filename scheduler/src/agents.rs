@@ -115,6 +115,11 @@ impl Agents {
         &self.hosts
     }
 
+    /// A member that is such.
+    pub fn any_host(&self, is_wanted: impl Fn(&HostRecord) -> bool) -> Option<String> {
+        self.hosts.all().into_iter().find(|(_, host)| is_wanted(host)).map(|(host_id, _)| host_id)
+    }
+
     /// Drops the connections to hosts that have gone.
     pub fn forget_gone(&self) {
         let members = self.hosts.all();

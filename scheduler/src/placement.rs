@@ -37,6 +37,17 @@ pub struct Like {
 }
 
 impl Like {
+    /// Where the memory of a snapshot goes on: in the same VMM, run in the same way. What is empty is not known.
+    pub fn for_memory(object_store_id: &str, accelerator: &str, vmm: &str) -> Self {
+        let same = |given: &str| (!given.is_empty()).then(|| given.to_owned());
+        Self { accelerator: same(accelerator), vmm: same(vmm), ..Self::for_disk(object_store_id) }
+    }
+
+    /// Where the disk of a snapshot boots.
+    pub fn for_disk(object_store_id: &str) -> Self {
+        Self { object_store_id: object_store_id.to_owned(), ..Self::default() }
+    }
+
     /// Whether a host is.
     pub fn is_met_by(&self, host: &HostRecord) -> bool {
         let is = |wanted: &Option<String>, given: &str| wanted.as_ref().is_none_or(|wanted| wanted == given);

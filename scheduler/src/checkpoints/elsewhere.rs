@@ -1,11 +1,6 @@
 //! Checkpoints that are in an object store, too: what else than their own host can do for them.
 
-use std::sync::Arc;
-
-use oc_proto::{
-    mesh::{CheckpointRecord, HostRecord},
-    v1::CheckpointKind,
-};
+use oc_proto::{mesh::CheckpointRecord, v1::CheckpointKind};
 
 use super::{Checkpoints, shown};
 use crate::{agents::AgentError, placement::Like};
@@ -17,11 +12,9 @@ pub(super) fn like_of(record: &CheckpointRecord, is_cold: bool) -> Option<Like> 
         return None;
     }
     let boots = is_cold || shown(record).kind() == CheckpointKind::DiskOnly;
-    let same = |given: &String| (!boots && !given.is_empty()).then(|| given.clone());
-    Some(Like {
-        object_store_id: record.object_store_id.clone(),
-        accelerator: same(&record.accelerator),
-        vmm: same(&record.vmm),
+    Some(match boots {
+        true => Like::for_disk(&record.object_store_id),
+        false => Like::for_memory(&record.object_store_id, &record.accelerator, &record.vmm),
     })
 }
 
@@ -50,7 +43,8 @@ impl Checkpoints {
         if self.member(&own).is_ok() {
             return Ok(own);
         }
-        let other = like_of(record, true).and_then(|like| self.any_host(|host| like.is_met_by(host)));
+        let other = like_of(record, true)
+            .and_then(|like| self.sandboxes.agents.any_host(|host| like.is_met_by(host)));
         other.ok_or(AgentError::NotMember(own))
     }
 
@@ -78,7 +72,7 @@ impl Checkpoints {
             removed => return removed,
         }
         let like = like_of(record, true);
-        match (like, self.any_host(|host| !host.object_store_id.is_empty())) {
+        match (like, agents.any_host(|host| !host.object_store_id.is_empty())) {
             (Some(_), _) => agents.delete_snapshot(&self.host_for(record)?, id).await,
             // It may have been put there just before its host went: whoever says that it was is not there to ask.
             (None, Some(other)) => {
@@ -89,11 +83,5 @@ impl Checkpoints {
             }
             (None, None) => Ok(()),
         }
-    }
-
-    fn any_host(&self, is_wanted: impl Fn(&HostRecord) -> bool) -> Option<String> {
-        let hosts = self.sandboxes.agents.hosts().all().into_iter();
-        let mut wanted = hosts.filter(|(_, host): &(String, Arc<HostRecord>)| is_wanted(host));
-        wanted.next().map(|(host_id, _)| host_id)
     }
 }

@@ -10,7 +10,7 @@
 //! has confirmed that nothing is left, or is no member: nobody can tell whether it ever comes back, and a tenant's quota
 //! is not to hang on that. If it does, what it still has is older than the mark, and is ended as a stray.
 
-use oc_proto::mesh::{HostRecord, SandboxRecord};
+use oc_proto::mesh::SandboxRecord;
 use tokio::task::{JoinError, JoinSet};
 
 use super::Sandboxes;
@@ -18,6 +18,7 @@ use crate::{
     agents::AgentError,
     ledger::{LedgerError, Versioned},
     lifecycle::{self, Denied},
+    placement::Like,
     refusal::Refusal,
     telemetry,
 };
@@ -112,9 +113,8 @@ impl Sandboxes {
         if id.is_empty() {
             return;
         }
-        let reaches_it = |host: &HostRecord| host.object_store_id == record.object_store_id;
-        let mut hosts = self.agents.hosts().all().into_iter();
-        let Some((host_id, _)) = hosts.find(|(_, host)| reaches_it(host)) else {
+        let like = Like::for_disk(&record.object_store_id);
+        let Some(host_id) = self.agents.any_host(|host| like.is_met_by(host)) else {
             tracing::warn!(id, "what the object store has of a deleted sandbox stays: no host reaches it");
             return;
         };

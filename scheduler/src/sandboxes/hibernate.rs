@@ -138,24 +138,18 @@ impl Sandboxes {
                     let _live = self.flows.enter(sandbox_id);
                     return self.finish_wake(found).await;
                 }
-                (SandboxState::Hibernated, _) if self.is_to_move(record) => {
-                    let _live = self.flows.enter(sandbox_id);
-                    match self.place_elsewhere(found).await {
-                        Ok(marked) => return self.finish_wake(marked).await,
-                        Err(LedgerError::Conflict) => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                }
                 (SandboxState::Hibernated, _) => {
                     // Before the mark, so that reconciliation does not take it for one that nobody works on.
                     let _live = self.flows.enter(sandbox_id);
-                    let marked = lifecycle::mark_waking(record)?;
-                    let change = Change {
-                        sandbox_id: sandbox_id.into(),
-                        from: Some(found),
-                        to: Next::Reserved(marked),
+                    let marked = match self.is_to_be_placed(record) {
+                        true => self.place_anew(found).await,
+                        false => {
+                            let to = Next::Reserved(lifecycle::mark_waking(record)?);
+                            let change = Change { sandbox_id: sandbox_id.into(), from: Some(found), to };
+                            self.ledger.write(change).await
+                        }
                     };
-                    match self.ledger.write(change).await {
+                    match marked {
                         Ok(marked) => return self.finish_wake(marked).await,
                         Err(LedgerError::Conflict) => {}
                         Err(error) => return Err(error.into()),
@@ -200,15 +194,15 @@ impl Sandboxes {
         }
     }
 
-    /// Whether a hibernated sandbox can only wake on a host that it is not on.
-    fn is_to_move(&self, record: &SandboxRecord) -> bool {
+    /// Whether a hibernated sandbox has to be given a host before it wakes: that which it had is lost, or has lost it.
+    fn is_to_be_placed(&self, record: &SandboxRecord) -> bool {
         let is_lost = || self.agents.hosts().get(&record.host_id).is_none();
         record.in_store_alone || !record.stored_snapshot_id.is_empty() && is_lost()
     }
 
-    /// Marks a sandbox that is to wake on another host, and gives it one: one where its memory goes on, or else one where
-    /// its disk boots.
-    async fn place_elsewhere(&self, found: Versioned) -> Result<Versioned, LedgerError> {
+    /// Marks a sandbox that is to be given a host, and gives it one: one where its memory goes on, or else one where its disk
+    /// boots.
+    async fn place_anew(&self, found: Versioned) -> Result<Versioned, LedgerError> {
         let marked = lifecycle::mark_moving(&found.record)?;
         let place = async |like: Like| {
             let to = Next::Placed { record: marked.clone(), avoid: Vec::new(), like: Some(like) };
@@ -217,7 +211,7 @@ impl Sandboxes {
         };
         match place(like_of(&marked)).await {
             Err(LedgerError::Unplaceable(Unplaceable::NoHost)) => {
-                place(Like { accelerator: None, vmm: None, ..like_of(&marked) }).await
+                place(Like::for_disk(&marked.object_store_id)).await
             }
             placed => placed,
         }
@@ -243,10 +237,5 @@ impl Sandboxes {
 
 /// Where the memory of a hibernated sandbox goes on.
 fn like_of(record: &SandboxRecord) -> Like {
-    let same = |given: &String| (!given.is_empty()).then(|| given.clone());
-    Like {
-        object_store_id: record.object_store_id.clone(),
-        accelerator: same(&record.accelerator),
-        vmm: same(&record.stored_vmm),
-    }
+    Like::for_memory(&record.object_store_id, &record.accelerator, &record.stored_vmm)
 }
