@@ -11,11 +11,36 @@ use anyhow::{Context as _, ensure};
 use oc_integration::{
     etcd::EtcdServer,
     mesh::{Mesh, eventually},
-    rest::Sandbox,
+    rest::{Rest, Sandbox},
 };
 use serde_json::json;
 
 use crate::killed::{crash, supervisor_of};
+
+/// Counts in memory without a rest, and leaves a file on disk and 24 MiB in memory whose digest is on disk.
+const WORK: &str = "(while :; do date +%s%N > /dev/shm/next; mv /dev/shm/next /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync";
+/// Whether that goes on.
+const GOES_ON: &str = "before=$(cat /dev/shm/now); sleep 1; kill -0 $(cat /dev/shm/pid) && test $before != $(cat /dev/shm/now) && md5sum < /dev/shm/much | cmp - sum";
+
+/// Sees that neither an object store nor a host has a snapshot.
+fn no_snapshot(objects: &Path, mesh: &Mesh) -> anyhow::Result<()> {
+    // What a crash has left half is no object.
+    let is_whole = |path: &PathBuf| !path.to_string_lossy().contains('#');
+    let mut left: Vec<_> = files(&objects.join("snapshots"))?.into_iter().filter(is_whole).collect();
+    left.extend(files(&mesh.state().join("agent/snapshots"))?);
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// Waits until a host is no member.
+async fn without(rest: &Rest, host: &Mesh) -> anyhow::Result<()> {
+    eventually("the host is gone", async || {
+        let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
+        ensure!(!nodes.to_string().contains(host.host_id()), "{nodes}");
+        Ok(())
+    })
+    .await
+}
 
 /// The files below a directory.
 fn files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -38,9 +63,7 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
     let options = ["--pool-size", "0", "--store", &store, "--object-store", &object_store];
     let mut first = Mesh::start(&options)?;
     let sandbox = first.rest().create(json!({ "timeout": 0 })).await?;
-    sandbox
-        .run("(while :; do date +%s%N > /dev/shm/next; mv /dev/shm/next /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
-        .await?;
+    sandbox.run(WORK).await?;
     let pid = sandbox.run("cat /dev/shm/pid").await?;
     let taken = first.rest().post(&sandbox.path("/checkpoints"), json!({ "name": "one" })).await?;
     let id = taken.expect(201)?.json()["id"].as_str().context("no id")?.to_owned();
@@ -62,12 +85,7 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
     assert!(!first.state().join("agent/snapshots").exists(), "its host has nothing of it any more");
     let rest = second.rest();
     let fork = async |mode: &str| rest.post(&format!("{at}/fork"), json!({ "mode": mode })).await;
-    eventually("the first host has left", async || {
-        let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
-        ensure!(!nodes.to_string().contains(first.host_id()), "{nodes}");
-        Ok(())
-    })
-    .await?;
+    without(&rest, &first).await?;
 
     // A copy that is damaged is told, and nothing is made of it.
     let chunks = files(&objects.path().join("chunks"))?;
@@ -91,8 +109,8 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
         assert_eq!(made.run("cat disk").await?, "kept\n", "{mode}");
         if mode == "live" {
             assert_eq!(made.run("cat /dev/shm/pid").await?, pid);
-            let ran = "before=$(cat /dev/shm/now); sleep 1; kill -0 $(cat /dev/shm/pid) && test $before != $(cat /dev/shm/now) && md5sum < /dev/shm/much | cmp - sum && echo goes on";
-            assert_eq!(made.run(ran).await?, "goes on\n");
+            let ran = format!("{GOES_ON} && echo goes on");
+            assert_eq!(made.run(&ran).await?, "goes on\n");
         }
         made.delete().await?;
     }
@@ -107,13 +125,7 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
     rest.delete(&at).await?.expect(204)?;
     // The second host's copy is a stray, which goes when it is older than what another scheduler may be at.
     eventually("neither its host nor the object store has it any more", async || {
-        // What a crash has left half is no object.
-        let is_whole = |path: &PathBuf| !path.to_string_lossy().contains('#');
-        let mut left: Vec<_> =
-            files(&objects.path().join("snapshots"))?.into_iter().filter(is_whole).collect();
-        left.extend(files(&first.state().join("agent/snapshots"))?);
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
+        no_snapshot(objects.path(), &first)
     })
     .await?;
     first.stop()?;
@@ -140,9 +152,7 @@ pub async fn a_hibernated_sandbox_outlives_its_host(_: Arc<()>) -> anyhow::Resul
     let on = |mesh: &Mesh, sandbox: &Sandbox| mesh.rest().sandbox(&sandbox.id);
     let create = async || first.rest().create(json!({ "timeout": 0, "envs": { "A": "kept" } })).await;
     let (sandbox, forgotten) = (&create().await?, &create().await?);
-    sandbox
-        .run("(while :; do date +%s%N > /dev/shm/next; mv /dev/shm/next /dev/shm/now; sleep 0.05; done) > /dev/null 2>&1 & echo $! > /dev/shm/pid; echo kept > disk; head -c 24M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum; sync")
-        .await?;
+    sandbox.run(WORK).await?;
     let pid = sandbox.run("cat /dev/shm/pid").await?;
     // What is put there of an earlier hibernation is not what it wakes from.
     for round in ["earlier", "later"] {
@@ -160,28 +170,18 @@ pub async fn a_hibernated_sandbox_outlives_its_host(_: Arc<()>) -> anyhow::Resul
     let second = Mesh::start(&options)?;
     lose(&first)?;
     let rest = second.rest();
-    eventually("the first host is missed", async || {
-        let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
-        ensure!(!nodes.to_string().contains(first.host_id()), "{nodes}");
-        Ok(())
-    })
-    .await?;
+    without(&rest, &first).await?;
 
     let woken = on(&second, sandbox);
-    let ran = "before=$(cat /dev/shm/now); sleep 1; kill -0 $(cat /dev/shm/pid) && test $before != $(cat /dev/shm/now) && md5sum < /dev/shm/much | cmp - sum && echo $A $(cat disk round)";
-    assert_eq!(woken.run(ran).await?, "kept kept later\n");
+    let ran = format!("{GOES_ON} && echo $A $(cat disk round)");
+    assert_eq!(woken.run(&ran).await?, "kept kept later\n");
     assert_eq!(woken.run("cat /dev/shm/pid").await?, pid, "its processes came along");
     let shown = woken.get().await?.expect(200)?.json();
     assert_eq!((&shown["startPath"], &shown["workerID"]), (&json!("memory"), &json!(second.host_id())));
     on(&second, forgotten).delete().await?;
     woken.run("echo second > disk").await?;
-    let is_whole = |path: &PathBuf| !path.to_string_lossy().contains('#');
     eventually("nothing is left of what it was made of, nor of the other one", async || {
-        let mut left: Vec<_> =
-            files(&objects.path().join("snapshots"))?.into_iter().filter(is_whole).collect();
-        left.extend(files(&second.state().join("agent/snapshots"))?);
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
+        no_snapshot(objects.path(), &second)
     })
     .await?;
 

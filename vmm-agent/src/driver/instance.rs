@@ -296,18 +296,18 @@ impl Instance for Vm {
         sleeps: Arc<AtomicBool>,
     ) -> Result<(), MakeError> {
         let (parts, _) = self.source()?;
-        let (stored, id) = (self.stored.place(), snapshot_id.to_owned());
+        let id = snapshot_id.to_owned();
         let work = move |home: &Home| {
             if parts.shelf.has(&id) {
                 return Ok(());
             }
-            let (layer, place) = (home.layer(), parts.places.snapshot(&id));
+            let place = parts.places.snapshot(&id);
             // What nothing shares, if the filesystem cannot. st_blocks is in units of 512 bytes (stat(2)).
-            if layer.metadata()?.blocks() * 512 > spare_bytes {
+            if home.layer().metadata()?.blocks() * 512 > spare_bytes {
                 return Err(io::ErrorKind::StorageFull.into());
             }
             parts.pin(&Origin::read(home)?)?;
-            shelved::make(&stored, &layer, &place, &parts.verified, &sleeps)?;
+            shelved::make(home, &place, &parts.verified, &sleeps)?;
             parts.shelf.add(&id).map(drop)
         };
         running::unless_damaged(&self.home, work).await

@@ -12,7 +12,8 @@ use std::{
 
 use fs_err::{self as fs, File};
 
-use self::{disk::LayerDraft, memory::MemoryDraft};
+pub(super) use self::disk::LayerDraft;
+use self::memory::MemoryDraft;
 use super::{FORMAT, LAYER, MANIFEST, Manifest, Origin, Place};
 use crate::{
     backend::Circumstances,

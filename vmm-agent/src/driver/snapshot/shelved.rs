@@ -6,19 +6,18 @@
 use std::{
     fs::DirBuilder,
     io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
-    path::Path,
+    os::unix::fs::DirBuilderExt as _,
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use fs_err::{self as fs, File};
 
-use super::{LAYER, LayerPart, MANIFEST, Manifest, Place, digests_of, draft::Scratch};
+use super::{
+    LAYER, MANIFEST, Manifest, Place,
+    draft::{LayerDraft, Scratch},
+};
 use crate::{
-    driver::{
-        digests::{Digests, Verified},
-        durable, layer,
-    },
+    driver::{digests::Verified, durable, home::Home, layer},
     identity::SandboxId,
 };
 
@@ -39,19 +38,14 @@ pub fn id_of(sandbox: &SandboxId, stored: &Place) -> io::Result<Option<String>> 
     Ok(found.map(|(_, digest)| format!("{PREFIX}{sandbox}-{}", digest.get(..DIGITS).unwrap_or(&digest))))
 }
 
-/// Makes a snapshot at `place` of what is `stored` of a VM, and of its disk `layer`, which changes as soon as it does not
+/// Makes a snapshot at `place` of what is stored of the VM in `home`, and of its disk, which changes as soon as it does not
 /// `sleep` any more.
 ///
 /// # Errors
 ///
 /// [`io::ErrorKind::Interrupted`] if it does not; if the disk does not take it. There is no snapshot then.
-pub fn make(
-    stored: &Place,
-    layer: &Path,
-    place: &Place,
-    verified: &Verified,
-    sleeps: &AtomicBool,
-) -> io::Result<()> {
+pub fn make(home: &Home, place: &Place, verified: &Verified, sleeps: &AtomicBool) -> io::Result<()> {
+    let stored = Place::stored(home);
     let manifest = stored.read()?.ok_or(io::ErrorKind::NotFound)?;
     durable::remove_whole(&place.0)?;
     let dir = durable::draft_of(&place.0);
@@ -64,21 +58,16 @@ pub fn make(
         }
     }
     let path = dir.join(LAYER);
-    let (copy, _) = layer::copy_or_share(layer, &path)?;
+    let (copy, _) = layer::copy_or_share(&home.layer(), &path)?;
     // What was copied until here is of the VM as it sleeps, or nobody's.
     if !sleeps.load(Ordering::SeqCst) {
         return Err(io::Error::new(io::ErrorKind::Interrupted, "it does not sleep any more"));
     }
-    copy.sync_all()?;
-    let digests = Digests::of(&copy)?;
-    digests.write(&digests_of(&path))?;
-    verified.note(&copy)?;
-    // st_blocks is in units of 512 bytes (stat(2)).
-    let allocated_bytes = copy.metadata()?.blocks() * 512;
-    let layer = Some(LayerPart { digest: Some(digests.root()), allocated_bytes });
+    // Of no use to the next capture: that is of another process.
+    let draft = LayerDraft { copy: File::from_parts(copy, path), is_shared: false };
+    let layer = Some(draft.finish(home, true, verified)?);
     let text = serde_json::to_vec(&Manifest { layer, ..manifest })?;
     durable::write(&dir.join(MANIFEST), 0o600, |file| io::Write::write_all(file, &text))?;
-    File::open(&dir)?.sync_all()?;
     durable::rename(&dir, &place.0)
 }
 
@@ -95,10 +84,11 @@ mod tests {
     #[test]
     fn what_is_copied_of_a_vm_that_goes_on_is_nobodys() {
         let dir = tempfile::tempdir().unwrap();
-        let (stored, place) = (Place::at(dir.path().join("stored")), Place::at(dir.path().join("snapshot")));
+        let home = Home::of(dir.path(), "vm-000000000001");
+        let (stored, place) = (Place::stored(&home), Place::at(dir.path().join("snapshot")));
         let sandbox = SandboxId::parse("sb-0123456789abcdefghij").unwrap();
         assert_eq!(id_of(&sandbox, &stored).unwrap(), None);
-        fs::create_dir(stored.dir()).unwrap();
+        fs::create_dir_all(stored.dir()).unwrap();
         let circumstances = Circumstances {
             taken_at: SystemTime::UNIX_EPOCH,
             is_quiet: true,
@@ -110,9 +100,9 @@ mod tests {
             Manifest { format: FORMAT, origin: origin(), circumstances, memory: None, layer: None };
         fs::write(stored.dir().join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
         fs::write(stored.dir().join("pages.bin"), "pages").unwrap();
-        let layer = dir.path().join("layer");
+        let layer = home.layer();
         fs::write(&layer, "disk").unwrap();
-        let make = |sleeps| make(&stored, &layer, &place, &Verified::default(), &AtomicBool::new(sleeps));
+        let make = |sleeps| make(&home, &place, &Verified::default(), &AtomicBool::new(sleeps));
         assert_eq!(make(false).unwrap_err().kind(), io::ErrorKind::Interrupted);
         assert!(place.read().unwrap().is_none());
         make(true).unwrap();
@@ -121,7 +111,7 @@ mod tests {
         place.verify_layer(&made, &Verified::default()).unwrap();
         assert_eq!(fs::read(place.layer()).unwrap(), b"disk");
         assert_eq!(fs::read(place.dir().join("pages.bin")).unwrap(), b"pages");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "no draft is left");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no draft is left");
         let id = id_of(&sandbox, &stored).unwrap().unwrap();
         assert!(is_id(&id) && id.starts_with("hibernated-sb-0123456789abcdefghij-"), "{id}");
     }
