@@ -5,11 +5,13 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message as _;
 
 const FILES: &[&str] = &[
+    "oc/v1/agent_session.proto",
     "oc/v1/checkpoint.proto",
     "oc/v1/exec.proto",
     "oc/v1/files.proto",
     "oc/v1/key.proto",
     "oc/v1/node.proto",
+    "oc/v1/port.proto",
     "oc/v1/sandbox.proto",
     "oc/mesh/v1/agent.proto",
     "oc/mesh/v1/guest.proto",
@@ -33,6 +35,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".google.api.HttpBody.data")
         .bytes(".oc.v1.RunRequest.stdin")
         .bytes(".oc.v1.RunResponse")
+        .bytes(".oc.v1.RunAsyncRequest.stdin")
+        .bytes(".oc.v1.RunAsyncResponse")
+        .bytes(".oc.v1.GetExecResultResponse")
+        .bytes(".oc.v1.ExecStdin")
+        .bytes(".oc.v1.ExecOutput")
+        .bytes(".oc.v1.ForwardPortRequest")
+        .bytes(".oc.v1.ForwardPortResponse")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -37,11 +37,14 @@ pub enum Backend {
 
 /// Services of the contract.
 const SERVICES: &[(&str, Access, Backend)] = &[
+    ("AgentSessionService", Access::Sandbox, Backend::Host),
     ("CheckpointService", Access::Tenant, Backend::Scheduler),
     ("ExecService", Access::Sandbox, Backend::Host),
     ("FileService", Access::Sandbox, Backend::Host),
+    ("FileUrlService", Access::Sandbox, Backend::Scheduler),
     ("KeyService", Access::Admin, Backend::Scheduler),
     ("NodeService", Access::Admin, Backend::Scheduler),
+    ("PortService", Access::Sandbox, Backend::Host),
     ("SandboxService", Access::Tenant, Backend::Scheduler),
 ];
 

@@ -99,6 +99,24 @@ reasons! {
     CommandNotFound = "COMMAND_NOT_FOUND", NotFound, 400;
     /// The command may not be executed.
     CommandNotExecutable = "COMMAND_NOT_EXECUTABLE", PermissionDenied, 400;
+    /// There is no such session, or it ended more than five minutes ago.
+    SessionNotFound = "SESSION_NOT_FOUND", NotFound, 404;
+    /// The session has ended.
+    SessionEnded = "SESSION_ENDED", FailedPrecondition, 409;
+    /// As many sessions run in the sandbox as may.
+    TooManySessions = "TOO_MANY_SESSIONS", ResourceExhausted, 429;
+    /// The session has no terminal.
+    NoTerminal = "NO_TERMINAL", FailedPrecondition, 400;
+    /// Another connection attached under the same name and goes on with this one's place.
+    AttachedElsewhere = "ATTACHED_ELSEWHERE", Aborted, 409;
+    /// The sandbox's template has no agent.
+    AgentNotInstalled = "AGENT_NOT_INSTALLED", FailedPrecondition, 400;
+    /// Nobody listens on that port in the sandbox.
+    PortNotListening = "PORT_NOT_LISTENING", FailedPrecondition, 502;
+    /// The connection to the port broke.
+    PortReset = "PORT_RESET", Aborted, 502;
+    /// The sandbox has no room for more watches.
+    TooManyWatches = "TOO_MANY_WATCHES", ResourceExhausted, 429;
     /// There is no such file or directory.
     FileNotFound = "FILE_NOT_FOUND", NotFound, 404;
     /// Something else stands at that path.
@@ -125,6 +143,8 @@ reasons! {
     InvalidCredentials = "INVALID_CREDENTIALS", PermissionDenied, 403;
     /// The token has expired; get a fresh one.
     TokenExpired = "TOKEN_EXPIRED", Unauthenticated, 401;
+    /// The URL is not good any more.
+    UrlExpired = "URL_EXPIRED", PermissionDenied, 403;
     /// The token is for another sandbox.
     WrongSandbox = "WRONG_SANDBOX", PermissionDenied, 403;
     /// The call needs an administrator's key.

@@ -23,7 +23,7 @@ use tracing::info;
 use crate::{
     backend::Backend,
     config::Config,
-    data_plane::{ExecPlane, FilePlane},
+    data_plane::{AgentSessionPlane, ExecPlane, FilePlane, PortPlane},
     host::Host,
     journal,
     lock::{Lock, LockError},
@@ -131,7 +131,9 @@ pub async fn run(
 fn routes(host: &Host, accelerator: &str) -> Routes {
     let services = Routes::new(AgentServiceServer::new(AgentRpc::new(host.clone(), accelerator.to_owned())))
         .add_service(ExecPlane::new(host.clone()))
-        .add_service(FilePlane::new(host.clone()));
+        .add_service(FilePlane::new(host.clone()))
+        .add_service(PortPlane::new(host.clone()))
+        .add_service(AgentSessionPlane::new(host.clone()));
     let metrics = get(|| async { oc_mesh::telemetry::render_metrics() });
     services.into_axum_router().route("/metrics", metrics).into()
 }

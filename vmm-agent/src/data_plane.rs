@@ -22,7 +22,10 @@ use oc_mesh::{
     error::{Reason, status},
     relay::relay,
 };
-use oc_proto::v1::{exec_service_server::ExecServiceServer, file_service_server::FileServiceServer};
+use oc_proto::v1::{
+    agent_session_service_server::AgentSessionServiceServer, exec_service_server::ExecServiceServer,
+    file_service_server::FileServiceServer, port_service_server::PortServiceServer,
+};
 use tokio::time::timeout;
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower::Service;
@@ -43,6 +46,10 @@ const LOSS_SHOWS_WITHIN: Duration = Duration::from_millis(500);
 pub type ExecPlane = DataPlane<ExecServiceServer<()>>;
 /// Files.
 pub type FilePlane = DataPlane<FileServiceServer<()>>;
+/// Ports.
+pub type PortPlane = DataPlane<PortServiceServer<()>>;
+/// Agent sessions.
+pub type AgentSessionPlane = DataPlane<AgentSessionServiceServer<()>>;
 
 /// Passes the calls of the service `S` through to the guests.
 pub struct DataPlane<S> {

@@ -16,7 +16,13 @@ use tonic::body::Body;
 use crate::surface::Rpc;
 
 /// RPCs whose streams last until somebody ends them.
-const ENDLESS: &[&str] = &["oc.v1.SandboxService.WatchSandbox"];
+const ENDLESS: &[&str] = &[
+    "oc.v1.AgentSessionService.AttachAgent",
+    "oc.v1.ExecService.AttachExec",
+    "oc.v1.FileService.WatchDirectory",
+    "oc.v1.PortService.ForwardPort",
+    "oc.v1.SandboxService.WatchSandbox",
+];
 
 /// Whether the answers of an RPC do not end by themselves.
 #[must_use]

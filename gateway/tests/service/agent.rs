@@ -86,6 +86,56 @@ impl ExecService for FakeAgent {
         guard.1 = false;
         Ok(Response::new(answer))
     }
+
+    async fn run_async(&self, _: Request<RunAsyncRequest>) -> Result<Response<RunAsyncResponse>, Status> {
+        Err(Status::unimplemented("run_async"))
+    }
+
+    async fn start_exec(&self, _: Request<StartExecRequest>) -> Result<Response<StartExecResponse>, Status> {
+        Err(Status::unimplemented("start_exec"))
+    }
+
+    async fn start_terminal(
+        &self,
+        _: Request<StartTerminalRequest>,
+    ) -> Result<Response<StartTerminalResponse>, Status> {
+        Err(Status::unimplemented("start_terminal"))
+    }
+
+    async fn list_execs(&self, _: Request<ListExecsRequest>) -> Result<Response<ListExecsResponse>, Status> {
+        Err(Status::unimplemented("list_execs"))
+    }
+
+    async fn get_exec(&self, _: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
+        Err(Status::unimplemented("get_exec"))
+    }
+
+    async fn get_exec_result(
+        &self,
+        _: Request<GetExecResultRequest>,
+    ) -> Result<Response<GetExecResultResponse>, Status> {
+        Err(Status::unimplemented("get_exec_result"))
+    }
+
+    async fn kill_exec(&self, _: Request<KillExecRequest>) -> Result<Response<KillExecResponse>, Status> {
+        Err(Status::unimplemented("kill_exec"))
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: Request<ResizeTerminalRequest>,
+    ) -> Result<Response<ResizeTerminalResponse>, Status> {
+        Err(Status::unimplemented("resize_terminal"))
+    }
+
+    type AttachExecStream = tokio_stream::Empty<Result<AttachExecResponse, Status>>;
+
+    async fn attach_exec(
+        &self,
+        _: Request<Streaming<AttachExecRequest>>,
+    ) -> Result<Response<Self::AttachExecStream>, Status> {
+        Err(Status::unimplemented("attach_exec"))
+    }
 }
 
 type Reads = Pin<Box<dyn Stream<Item = Result<ReadFileResponse, Status>> + Send>>;
@@ -238,5 +288,30 @@ impl FileService for FakeAgent {
     ) -> Result<Response<RenameFileResponse>, Status> {
         self.note("RenameFile", &request);
         Ok(Response::new(RenameFileResponse {}))
+    }
+
+    type WatchDirectoryStream = tokio_stream::Empty<Result<WatchDirectoryResponse, Status>>;
+
+    async fn watch_directory(
+        &self,
+        _: Request<WatchDirectoryRequest>,
+    ) -> Result<Response<Self::WatchDirectoryStream>, Status> {
+        Err(Status::unimplemented("watch_directory"))
+    }
+
+    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+
+    async fn read_archive(
+        &self,
+        _: Request<ReadArchiveRequest>,
+    ) -> Result<Response<Self::ReadArchiveStream>, Status> {
+        Err(Status::unimplemented("read_archive"))
+    }
+
+    async fn write_archive(
+        &self,
+        _: Request<Streaming<WriteArchiveRequest>>,
+    ) -> Result<Response<WriteArchiveResponse>, Status> {
+        Err(Status::unimplemented("write_archive"))
     }
 }

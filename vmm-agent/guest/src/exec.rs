@@ -2,11 +2,12 @@
 
 mod launch;
 mod output;
+mod ring;
 mod spawn;
 
 use std::{sync::Arc, time::Duration};
 
-use oc_proto::v1::{RunRequest, RunResponse, exec_service_server::ExecService};
+use oc_proto::v1::{exec_service_server::ExecService, *};
 use prost::bytes::Bytes;
 use tokio::{
     io::AsyncWriteExt as _,
@@ -15,7 +16,7 @@ use tokio::{
     task::spawn_blocking,
     time::{sleep, timeout},
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use self::{launch::Launched, output::Tail};
 use crate::{identity::Identity, refusal::Refusal};
@@ -61,6 +62,56 @@ impl ExecService for Exec {
             .await
             .map_err(|error| Refusal::Internal.status(error.to_string()))??;
         Ok(Response::new(finish(launched, stdin, time_limit).await))
+    }
+
+    async fn run_async(&self, _: Request<RunAsyncRequest>) -> Result<Response<RunAsyncResponse>, Status> {
+        Err(Status::unimplemented("run_async"))
+    }
+
+    async fn start_exec(&self, _: Request<StartExecRequest>) -> Result<Response<StartExecResponse>, Status> {
+        Err(Status::unimplemented("start_exec"))
+    }
+
+    async fn start_terminal(
+        &self,
+        _: Request<StartTerminalRequest>,
+    ) -> Result<Response<StartTerminalResponse>, Status> {
+        Err(Status::unimplemented("start_terminal"))
+    }
+
+    async fn list_execs(&self, _: Request<ListExecsRequest>) -> Result<Response<ListExecsResponse>, Status> {
+        Err(Status::unimplemented("list_execs"))
+    }
+
+    async fn get_exec(&self, _: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
+        Err(Status::unimplemented("get_exec"))
+    }
+
+    async fn get_exec_result(
+        &self,
+        _: Request<GetExecResultRequest>,
+    ) -> Result<Response<GetExecResultResponse>, Status> {
+        Err(Status::unimplemented("get_exec_result"))
+    }
+
+    async fn kill_exec(&self, _: Request<KillExecRequest>) -> Result<Response<KillExecResponse>, Status> {
+        Err(Status::unimplemented("kill_exec"))
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: Request<ResizeTerminalRequest>,
+    ) -> Result<Response<ResizeTerminalResponse>, Status> {
+        Err(Status::unimplemented("resize_terminal"))
+    }
+
+    type AttachExecStream = tokio_stream::Empty<Result<AttachExecResponse, Status>>;
+
+    async fn attach_exec(
+        &self,
+        _: Request<Streaming<AttachExecRequest>>,
+    ) -> Result<Response<Self::AttachExecStream>, Status> {
+        Err(Status::unimplemented("attach_exec"))
     }
 }
 

@@ -10,8 +10,10 @@ use std::{path::PathBuf, sync::Arc};
 
 use oc_proto::v1::{
     ListDirectoryRequest, ListDirectoryResponse, MakeDirectoryRequest, MakeDirectoryResponse,
-    ReadFileRequest, RemoveFileRequest, RemoveFileResponse, RenameFileRequest, RenameFileResponse,
-    StatFileRequest, StatFileResponse, WriteFileRequest, WriteFileResponse, file_service_server::FileService,
+    ReadArchiveRequest, ReadArchiveResponse, ReadFileRequest, RemoveFileRequest, RemoveFileResponse,
+    RenameFileRequest, RenameFileResponse, StatFileRequest, StatFileResponse, WatchDirectoryRequest,
+    WatchDirectoryResponse, WriteArchiveRequest, WriteArchiveResponse, WriteFileRequest, WriteFileResponse,
+    file_service_server::FileService,
 };
 use tokio::{sync::Semaphore, task::spawn_blocking};
 use tonic::{Request, Response, Status, Streaming};
@@ -149,5 +151,30 @@ impl FileService for Files {
         let (from, to) = (resolve(&request.from)?, resolve(&request.to)?);
         blocking(move || tree::rename(&from, &to)).await?;
         Ok(Response::new(RenameFileResponse {}))
+    }
+
+    type WatchDirectoryStream = tokio_stream::Empty<Result<WatchDirectoryResponse, Status>>;
+
+    async fn watch_directory(
+        &self,
+        _: Request<WatchDirectoryRequest>,
+    ) -> Result<Response<Self::WatchDirectoryStream>, Status> {
+        Err(Status::unimplemented("watch_directory"))
+    }
+
+    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+
+    async fn read_archive(
+        &self,
+        _: Request<ReadArchiveRequest>,
+    ) -> Result<Response<Self::ReadArchiveStream>, Status> {
+        Err(Status::unimplemented("read_archive"))
+    }
+
+    async fn write_archive(
+        &self,
+        _: Request<Streaming<WriteArchiveRequest>>,
+    ) -> Result<Response<WriteArchiveResponse>, Status> {
+        Err(Status::unimplemented("write_archive"))
     }
 }

@@ -5,9 +5,9 @@ use std::{collections::HashMap, io};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-/// `domain` of every `google.rpc.ErrorInfo` of ours.
 /// Longest message, bytes.
 const MAX_MESSAGE: usize = 512;
+/// `domain` of every `google.rpc.ErrorInfo` of ours.
 const DOMAIN: &str = "oc";
 
 /// A stable reason; `oc-mesh` has the whole table.
@@ -23,6 +23,24 @@ pub enum Refusal {
     CommandNotFound,
     /// It may not be executed.
     CommandNotExecutable,
+    /// There is no such session.
+    SessionNotFound,
+    /// The session has ended.
+    SessionEnded,
+    /// As many sessions run as may.
+    TooManySessions,
+    /// The session has no terminal.
+    NoTerminal,
+    /// Another connection goes on with this one's place.
+    AttachedElsewhere,
+    /// The template has no agent.
+    AgentNotInstalled,
+    /// Nobody listens on that port.
+    PortNotListening,
+    /// The connection to the port broke.
+    PortReset,
+    /// No room for more watches.
+    TooManyWatches,
     /// There is no such file or directory.
     FileNotFound,
     /// Something else stands there.
@@ -64,6 +82,15 @@ impl Refusal {
             Self::UnknownUser => ("UNKNOWN_USER", Code::InvalidArgument),
             Self::CommandNotFound => ("COMMAND_NOT_FOUND", Code::NotFound),
             Self::CommandNotExecutable => ("COMMAND_NOT_EXECUTABLE", Code::PermissionDenied),
+            Self::SessionNotFound => ("SESSION_NOT_FOUND", Code::NotFound),
+            Self::SessionEnded => ("SESSION_ENDED", Code::FailedPrecondition),
+            Self::TooManySessions => ("TOO_MANY_SESSIONS", Code::ResourceExhausted),
+            Self::NoTerminal => ("NO_TERMINAL", Code::FailedPrecondition),
+            Self::AttachedElsewhere => ("ATTACHED_ELSEWHERE", Code::Aborted),
+            Self::AgentNotInstalled => ("AGENT_NOT_INSTALLED", Code::FailedPrecondition),
+            Self::PortNotListening => ("PORT_NOT_LISTENING", Code::FailedPrecondition),
+            Self::PortReset => ("PORT_RESET", Code::Aborted),
+            Self::TooManyWatches => ("TOO_MANY_WATCHES", Code::ResourceExhausted),
             Self::FileNotFound => ("FILE_NOT_FOUND", Code::NotFound),
             Self::FileExists => ("FILE_EXISTS", Code::AlreadyExists),
             Self::NotAFile => ("NOT_A_FILE", Code::FailedPrecondition),

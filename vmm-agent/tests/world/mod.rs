@@ -21,8 +21,8 @@ use oc_proto::{
         guest_service_server::{GuestService, GuestServiceServer},
     },
     v1::{
-        RunRequest, RunResponse,
         exec_service_server::{ExecService, ExecServiceServer},
+        *,
     },
 };
 use oc_vmm_agent::{
@@ -42,7 +42,7 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use tower::{ServiceExt as _, util::BoxCloneSyncService};
 
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -492,7 +492,7 @@ impl Instance for FakeInstance {
         let guest = FakeGuest { world: self.world.clone(), vm: self.id.clone(), process };
         let routes = tonic::service::Routes::new(GuestServiceServer::new(guest.clone()))
             .add_service(ExecServiceServer::new(guest.clone()))
-            .add_service(oc_proto::v1::file_service_server::FileServiceServer::new(files::Root));
+            .add_service(file_service_server::FileServiceServer::new(files::Root));
         let deaf = guest.process.deaf;
         let service = tower::service_fn(move |request: http::Request<tonic::body::Body>| {
             let (routes, deaf) = (routes.clone(), deaf.clone());
@@ -596,6 +596,56 @@ impl ExecService for FakeGuest {
         let stdout = self.process.sandbox.lock().clone().into_bytes().into();
         Ok(Response::new(RunResponse { stdout, ..Default::default() }))
     }
+
+    async fn run_async(&self, _: Request<RunAsyncRequest>) -> Result<Response<RunAsyncResponse>, Status> {
+        Err(Status::unimplemented("run_async"))
+    }
+
+    async fn start_exec(&self, _: Request<StartExecRequest>) -> Result<Response<StartExecResponse>, Status> {
+        Err(Status::unimplemented("start_exec"))
+    }
+
+    async fn start_terminal(
+        &self,
+        _: Request<StartTerminalRequest>,
+    ) -> Result<Response<StartTerminalResponse>, Status> {
+        Err(Status::unimplemented("start_terminal"))
+    }
+
+    async fn list_execs(&self, _: Request<ListExecsRequest>) -> Result<Response<ListExecsResponse>, Status> {
+        Err(Status::unimplemented("list_execs"))
+    }
+
+    async fn get_exec(&self, _: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
+        Err(Status::unimplemented("get_exec"))
+    }
+
+    async fn get_exec_result(
+        &self,
+        _: Request<GetExecResultRequest>,
+    ) -> Result<Response<GetExecResultResponse>, Status> {
+        Err(Status::unimplemented("get_exec_result"))
+    }
+
+    async fn kill_exec(&self, _: Request<KillExecRequest>) -> Result<Response<KillExecResponse>, Status> {
+        Err(Status::unimplemented("kill_exec"))
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: Request<ResizeTerminalRequest>,
+    ) -> Result<Response<ResizeTerminalResponse>, Status> {
+        Err(Status::unimplemented("resize_terminal"))
+    }
+
+    type AttachExecStream = tokio_stream::Empty<Result<AttachExecResponse, Status>>;
+
+    async fn attach_exec(
+        &self,
+        _: Request<Streaming<AttachExecRequest>>,
+    ) -> Result<Response<Self::AttachExecStream>, Status> {
+        Err(Status::unimplemented("attach_exec"))
+    }
 }
 
 /// Only what an adoption asks.
@@ -625,7 +675,32 @@ mod files {
                 $(async fn $name(&self, _: Request<$request>) -> Result<Response<$response>, Status> {
                     Err(Status::unimplemented(""))
                 })*
-            }
+
+    type WatchDirectoryStream = tokio_stream::Empty<Result<WatchDirectoryResponse, Status>>;
+
+    async fn watch_directory(
+        &self,
+        _: Request<WatchDirectoryRequest>,
+    ) -> Result<Response<Self::WatchDirectoryStream>, Status> {
+        Err(Status::unimplemented("watch_directory"))
+    }
+
+    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+
+    async fn read_archive(
+        &self,
+        _: Request<ReadArchiveRequest>,
+    ) -> Result<Response<Self::ReadArchiveStream>, Status> {
+        Err(Status::unimplemented("read_archive"))
+    }
+
+    async fn write_archive(
+        &self,
+        _: Request<Streaming<WriteArchiveRequest>>,
+    ) -> Result<Response<WriteArchiveResponse>, Status> {
+        Err(Status::unimplemented("write_archive"))
+    }
+}
         };
     }
 

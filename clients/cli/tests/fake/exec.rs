@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use oc_proto::v1::{RunRequest, RunResponse, exec_service_server::ExecService};
-use tonic::{Code, Request, Response, Status};
+use oc_proto::v1::{exec_service_server::ExecService, *};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::refused;
 
@@ -48,5 +48,55 @@ impl ExecService for Exec {
             }
         }
         Ok(Response::new(answer))
+    }
+
+    async fn run_async(&self, _: Request<RunAsyncRequest>) -> Result<Response<RunAsyncResponse>, Status> {
+        Err(Status::unimplemented("run_async"))
+    }
+
+    async fn start_exec(&self, _: Request<StartExecRequest>) -> Result<Response<StartExecResponse>, Status> {
+        Err(Status::unimplemented("start_exec"))
+    }
+
+    async fn start_terminal(
+        &self,
+        _: Request<StartTerminalRequest>,
+    ) -> Result<Response<StartTerminalResponse>, Status> {
+        Err(Status::unimplemented("start_terminal"))
+    }
+
+    async fn list_execs(&self, _: Request<ListExecsRequest>) -> Result<Response<ListExecsResponse>, Status> {
+        Err(Status::unimplemented("list_execs"))
+    }
+
+    async fn get_exec(&self, _: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
+        Err(Status::unimplemented("get_exec"))
+    }
+
+    async fn get_exec_result(
+        &self,
+        _: Request<GetExecResultRequest>,
+    ) -> Result<Response<GetExecResultResponse>, Status> {
+        Err(Status::unimplemented("get_exec_result"))
+    }
+
+    async fn kill_exec(&self, _: Request<KillExecRequest>) -> Result<Response<KillExecResponse>, Status> {
+        Err(Status::unimplemented("kill_exec"))
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: Request<ResizeTerminalRequest>,
+    ) -> Result<Response<ResizeTerminalResponse>, Status> {
+        Err(Status::unimplemented("resize_terminal"))
+    }
+
+    type AttachExecStream = tokio_stream::Empty<Result<AttachExecResponse, Status>>;
+
+    async fn attach_exec(
+        &self,
+        _: Request<Streaming<AttachExecRequest>>,
+    ) -> Result<Response<Self::AttachExecStream>, Status> {
+        Err(Status::unimplemented("attach_exec"))
     }
 }

@@ -4,12 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use oc_proto::{
     google::api::HttpBody,
-    v1::{
-        FileInfo, FileType, ListDirectoryRequest, ListDirectoryResponse, MakeDirectoryRequest,
-        MakeDirectoryResponse, ReadFileRequest, ReadFileResponse, RemoveFileRequest, RemoveFileResponse,
-        RenameFileRequest, RenameFileResponse, StatFileRequest, StatFileResponse, WriteFileRequest,
-        WriteFileResponse, file_service_server::FileService,
-    },
+    v1::{file_service_server::FileService, *},
 };
 use tokio_stream::{Iter, iter};
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -190,5 +185,30 @@ impl FileService for Files {
         state.files.remove(&from);
         state.files.insert(normal(&to), entry);
         Ok(Response::new(RenameFileResponse {}))
+    }
+
+    type WatchDirectoryStream = tokio_stream::Empty<Result<WatchDirectoryResponse, Status>>;
+
+    async fn watch_directory(
+        &self,
+        _: Request<WatchDirectoryRequest>,
+    ) -> Result<Response<Self::WatchDirectoryStream>, Status> {
+        Err(Status::unimplemented("watch_directory"))
+    }
+
+    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+
+    async fn read_archive(
+        &self,
+        _: Request<ReadArchiveRequest>,
+    ) -> Result<Response<Self::ReadArchiveStream>, Status> {
+        Err(Status::unimplemented("read_archive"))
+    }
+
+    async fn write_archive(
+        &self,
+        _: Request<Streaming<WriteArchiveRequest>>,
+    ) -> Result<Response<WriteArchiveResponse>, Status> {
+        Err(Status::unimplemented("write_archive"))
     }
 }
