@@ -15,7 +15,7 @@ pub mod upload;
 
 use std::{sync::Arc, time::Duration};
 
-use http::{Request, Response, request::Parts};
+use http::{Request, Response, StatusCode, request::Parts};
 use oc_mesh::{
     channel::ClientChannel,
     error::{Reason, reason_of, status},
@@ -27,7 +27,7 @@ use crate::{
     app::App,
     auth::Identity,
     budget::Held,
-    compat::slow_answer,
+    compat::{accepted, slow_answer},
     exchange::Exchange,
     failure::presentable,
     rest::{
@@ -144,10 +144,14 @@ impl Call<'_> {
             show(&app, &route, answer).await
         };
         if slow {
-            let pending = Box::pin(async move { timed(deadline, call).await.map_err(presentable) });
+            let pending =
+                Box::pin(
+                    async move { timed(deadline, call).await.map(|(_, shown)| shown).map_err(presentable) },
+                );
             return Ok(slow_answer::answer(success, pending).await);
         }
-        Ok(answer::json(success, timed(deadline, call).await?))
+        let (code, shown) = timed(deadline, call).await?;
+        Ok(answer::json(code, shown))
     }
 
     /// Raw bytes there, one message back.
@@ -169,8 +173,8 @@ impl Call<'_> {
             stalled = progress.stalled() => Err(stalled),
         };
         // The transport only knows that the body broke; the body knows why.
-        let shown = outcome.map_err(|error| broken.get().cloned().unwrap_or(error))?;
-        Ok(answer::json(self.route.rpc.success, shown))
+        let (code, shown) = outcome.map_err(|error| broken.get().cloned().unwrap_or(error))?;
+        Ok(answer::json(code, shown))
     }
 }
 
@@ -236,11 +240,12 @@ fn is_hibernated(error: &Status) -> bool {
     reason_of(error).is_some_and(|reason| reason == Reason::SandboxHibernated.as_str())
 }
 
-/// Reads the answer and shows it as JSON.
-async fn show(app: &App, route: &Route, answer: HttpBody) -> Result<answer::Text, Status> {
+/// Reads the answer and shows it as JSON, with its status.
+async fn show(app: &App, route: &Route, answer: HttpBody) -> Result<(StatusCode, answer::Text), Status> {
     let (message, mut held) = upstream::answer::read(answer, &app.budget).await?;
-    if route.rpc.success == http::StatusCode::NO_CONTENT {
-        return Ok(answer::Text::default());
+    let code = accepted::status(&route.rpc, &message);
+    if code == StatusCode::NO_CONTENT {
+        return Ok((code, answer::Text::default()));
     }
     let output = route.rpc.method.output();
     let shown = match &route.response_body {
@@ -250,7 +255,7 @@ async fn show(app: &App, route: &Route, answer: HttpBody) -> Result<answer::Text
     match shown {
         Ok(text) => {
             held.shrink(text.len());
-            Ok(answer::Text { text, held })
+            Ok((code, answer::Text { text, held }))
         }
         Err(error) => {
             tracing::error!(%error, rpc = route.rpc.path.as_str(), "an answer has no JSON form");

@@ -7,10 +7,12 @@
 //!   (`SANDBOX_STATE_RUNNING` is `"running"`), and scalars that hold their default are shown;
 //! - `bytes` fields marked `(oc.v1.text)` are text. Where they are not UTF-8 the text has U+FFFD, and a second
 //!   member with `Base64` appended to the name has the exact bytes;
+//! - `google.protobuf.Struct` is any JSON object;
 //! - in requests, keys match without regard to case and unknown ones are skipped.
 
 pub mod decode;
 pub mod encode;
+mod structs;
 pub mod value;
 
 use std::collections::HashSet;

@@ -11,7 +11,7 @@ use prost_reflect::{
 };
 use serde::ser::{Error as _, Serialize, SerializeMap, Serializer};
 
-use super::{BASE64_SUFFIX, Json, enum_prefix};
+use super::{BASE64_SUFFIX, Json, enum_prefix, structs::is_struct};
 
 impl Json {
     /// A whole message as a JSON object.
@@ -98,6 +98,7 @@ impl Serialize for MessageJson<'_> {
         match descriptor.full_name() {
             "google.protobuf.Timestamp" => return serializer.serialize_str(&timestamp(self.message)?),
             "google.protobuf.Duration" => return serializer.serialize_str(&duration(self.message)?),
+            _ if is_struct(&descriptor) => return self.message.serialize(serializer),
             _ => {}
         }
         let mut map = serializer.serialize_map(None)?;

@@ -10,7 +10,12 @@ use bytes::Bytes;
 use prost_reflect::{DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MessageDescriptor, Value};
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
-use super::{Json, decode::MessageSeed, enum_prefix};
+use super::{
+    Json,
+    decode::MessageSeed,
+    enum_prefix,
+    structs::{self, is_struct},
+};
 
 const LENIENT: GeneralPurposeConfig = GeneralPurposeConfig::new()
     .with_decode_padding_mode(DecodePaddingMode::Indifferent)
@@ -175,6 +180,9 @@ impl<'de> Visitor<'de> for ValueVisitor<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Value, A::Error> {
         let Kind::Message(descriptor) = self.kind else { return Err(self.wrong()) };
+        if is_struct(descriptor) {
+            return structs::from_map(descriptor, map).map(Value::Message);
+        }
         if descriptor.full_name().starts_with("google.protobuf.") {
             return Err(self.wrong());
         }
