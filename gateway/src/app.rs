@@ -24,7 +24,7 @@ use tonic::body::Body;
 use crate::{
     auth::{Authenticator, Identity, keys::ApiKeys},
     budget::Budget,
-    cors,
+    cors::{self, AllowedOrigins},
     exchange::{Ending, Exchange},
     grpc::{self, local::Local},
     listener::leftover,
@@ -32,6 +32,7 @@ use crate::{
     sandboxes::Sandboxes,
     surface::Surface,
     upstream::Upstreams,
+    ws::{self, WebSockets},
 };
 
 /// Everything that answers requests.
@@ -43,9 +44,24 @@ pub struct App {
     pub(crate) upstreams: Upstreams,
     pub(crate) local: Local,
     pub(crate) budget: Budget,
+    pub(crate) websockets: WebSockets,
+    origins: AllowedOrigins,
     readiness: Readiness,
     public_url: String,
     permits: Arc<Semaphore>,
+}
+
+/// How a gateway is set up.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// URL that clients reach it by.
+    pub public_url: String,
+    /// Requests that are answered at the same time.
+    pub max_requests: usize,
+    /// Limits of WebSockets, which are no requests any more once they were answered.
+    pub websockets: ws::Limits,
+    /// Origins whose pages may use it; `*` among them for any.
+    pub allowed_origins: Vec<String>,
 }
 
 /// What must be known before calls can be answered.
@@ -83,8 +99,7 @@ impl App {
     /// The store cannot be read, or the contract cannot be served.
     pub async fn new(
         store: SharedStore,
-        public_url: String,
-        max_requests: usize,
+        settings: Settings,
         clock: Arc<dyn Clock>,
         draining: CancellationToken,
         ended: CancellationToken,
@@ -106,7 +121,8 @@ impl App {
         };
         let auth = Authenticator::new(ApiKeys::new(store.clone(), keys), tokens, clock);
         let upstreams = Upstreams::new(schedulers, Sandboxes::new(store, records, hosts));
-        let permits = Arc::new(Semaphore::new(max_requests));
+        let origins = AllowedOrigins::new(&settings.allowed_origins, &settings.public_url);
+        let permits = Arc::new(Semaphore::new(settings.max_requests));
         Ok(Arc::new(Self {
             surface,
             rest,
@@ -114,8 +130,10 @@ impl App {
             upstreams,
             local,
             budget: Budget::default(),
+            websockets: WebSockets::new(settings.websockets),
+            origins,
             readiness,
-            public_url,
+            public_url: settings.public_url,
             permits,
         }))
     }
@@ -140,8 +158,12 @@ impl App {
         };
         let response = if grpc::is_call(request.headers()) {
             grpc::serve(&self, &exchange, request).await
+        } else if let Some(refused) = self.origins.refuse(&request) {
+            refused
         } else if let Some(preflight) = cors::preflight(&request) {
             preflight
+        } else if let Some(asked) = ws::asked(&request) {
+            cors::allow(ws::serve(&self, &exchange, asked, request).await, origin)
         } else {
             let response = rest::serve(&self, &exchange, request).await;
             if is_http1 && !response.status().is_success() {

@@ -2,7 +2,9 @@
 //!
 //! A credential is an API key (`osb_` and 64 hex digits) or a sandbox's token (a JWT, told by its two dots). The
 //! published clients put either in any place, so every place takes both: `X-API-Key`, `Authorization: Bearer`,
-//! `?api_key=` and `?token=`. The first of these that is there decides; a wrong one is not made good by another.
+//! `?api_key=` and `?token=`. Pages cannot set headers of a WebSocket, and what stands in a query is easily logged on the
+//! way, so there is one more place for them: the subprotocol `oc.bearer.CREDENTIAL`, offered beside the one that is
+//! wanted. The first of these that is there decides; a wrong one is not made good by another.
 //!
 //! | | answer |
 //! | --- | --- |
@@ -19,7 +21,10 @@ pub mod keys;
 
 use std::sync::Arc;
 
-use http::{HeaderMap, header::AUTHORIZATION};
+use http::{
+    HeaderMap,
+    header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL},
+};
 use oc_mesh::{
     clock::Clock,
     error::{Reason, status},
@@ -35,6 +40,9 @@ use crate::{
 
 /// Longest credential that is looked at.
 const MAX_CREDENTIAL: usize = 4096;
+
+/// Begins a subprotocol that is a credential.
+const BEARER_PROTOCOL: &str = "oc.bearer.";
 
 /// A caller whose credential was verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -166,6 +174,12 @@ fn credential(headers: &HeaderMap, query: Option<&str>) -> Result<Option<String>
             return unescape(value).map(Some).ok_or_else(invalid);
         }
     }
+    for value in headers.get_all(SEC_WEBSOCKET_PROTOCOL) {
+        let offered = value.to_str().map_err(|_| invalid())?.split(',');
+        if let Some(credential) = offered.filter_map(|one| one.trim().strip_prefix(BEARER_PROTOCOL)).next() {
+            return Ok(Some(credential.to_owned()));
+        }
+    }
     Ok(None)
 }
 
@@ -192,6 +206,10 @@ mod tests {
         assert_eq!(found(&[], "path=/x&token=t.t.t&api_key=c").unwrap().as_deref(), Some("t.t.t"));
         assert_eq!(found(&[("x-api-key", "")], "api_key=c%2B").unwrap().as_deref(), Some("c+"));
         assert_eq!(found(&[], "path=/x&api_key=").unwrap(), None);
+        let offered = [("sec-websocket-protocol", "oc.v1.exec, oc.bearer.t.t.t")];
+        assert_eq!(found(&offered, "").unwrap().as_deref(), Some("t.t.t"));
+        assert_eq!(found(&offered, "token=q").unwrap().as_deref(), Some("q"));
+        assert_eq!(found(&[("sec-websocket-protocol", "oc.raw")], "").unwrap(), None);
     }
 
     #[test]

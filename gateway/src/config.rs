@@ -28,6 +28,21 @@ pub struct Config {
     /// Requests that are answered at the same time; more are refused as `OVERLOADED`.
     #[arg(long, env = "OC_MAX_REQUESTS", value_name = "N", default_value_t = 4096)]
     pub max_requests: usize,
+
+    /// WebSockets at the same time; more are refused as `OVERLOADED`.
+    #[arg(long, env = "OC_MAX_WEBSOCKETS", value_name = "N", default_value_t = 16_384)]
+    pub max_websockets: usize,
+
+    /// Origins whose pages may use this gateway from a browser, such as `https://console.example`, separated by commas;
+    /// `*` for any. Its own is always among them. No ambient credential is ever read, so this is a second fence.
+    #[arg(
+        long,
+        env = "OC_ALLOWED_ORIGINS",
+        value_name = "ORIGINS",
+        default_value = "*",
+        value_delimiter = ','
+    )]
+    pub allowed_origins: Vec<String>,
 }
 
 /// An absolute `http` or `https` URL, without the slash at its end: paths are appended to it.

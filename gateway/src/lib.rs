@@ -3,8 +3,8 @@
 //!
 //! A request's way, in reading order: [`listener`] accepts it, [`app`] sends it to [`rest`] or [`grpc`], [`surface`]
 //! says who may call what, [`auth`] who is calling, [`sandboxes`] which host a sandbox is on, and [`upstream`]
-//! makes the call. [`exchange`] logs and counts it. [`compat`] holds what published clients expect and the
-//! contract cannot say.
+//! makes the call. [`ws`] attaches WebSockets to sessions. [`exchange`] logs and counts requests. [`compat`] holds what
+//! published clients expect and the contract cannot say.
 
 pub mod config;
 pub mod run;
@@ -20,6 +20,7 @@ pub mod upstream;
 pub mod compat;
 pub mod grpc;
 pub mod rest;
+pub mod ws;
 
 pub mod budget;
 pub mod cors;

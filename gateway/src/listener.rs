@@ -4,7 +4,7 @@
 pub mod leftover;
 mod sniff;
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, pin::pin, sync::Arc, time::Duration};
 
 use hyper::service::service_fn;
 use hyper_util::{
@@ -25,7 +25,8 @@ use crate::app::App;
 /// Limits of one listener.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at the same time. Beyond that, new ones wait in the kernel's queue.
+    /// Connections at the same time, those that became WebSockets not counted. Beyond that, new ones wait in the kernel's
+    /// queue.
     pub max_connections: usize,
     /// How long a peer may take for a request's headers, and how long it may say nothing between two requests.
     pub header_timeout: Duration,
@@ -85,11 +86,13 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, limits: Limits, stop: C
         });
     }
     drop(listener);
+    let websockets = Arc::clone(&app);
     let open = tasks.len();
     tracing::info!(connections = open, "draining");
     let ended = async {
         graceful.shutdown().await;
         while tasks.join_next().await.is_some() {}
+        websockets.websockets.ended().await;
     };
     if tokio::time::timeout(limits.drain, ended).await.is_err() {
         tracing::warn!(connections = tasks.len(), "requests were still under way at the end of the drain");
@@ -153,8 +156,17 @@ impl Connection {
                     .header_read_timeout(self.limits.header_timeout)
                     .max_headers(MAX_HEADERS)
                     .max_buf_size(HTTP1_BUFFER)
-                    .serve_connection(io, service);
-                self.watcher.watch(connection).await
+                    .serve_connection(io, service)
+                    .with_upgrades();
+                let mut connection = pin!(connection);
+                // What the watcher does for others; it does not know of connections that may be switched over.
+                tokio::select! {
+                    outcome = connection.as_mut() => outcome,
+                    () = stop.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                }
             }
             Protocol::Http2 => {
                 let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())

@@ -10,9 +10,10 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    app::App,
+    app::{App, Settings},
     config::Config,
     listener::{self, Limits},
+    ws,
 };
 
 /// A gateway that has not renewed its membership for this long is gone.
@@ -34,8 +35,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
     let clock = Arc::new(SystemClock);
-    let app =
-        App::new(store.clone(), public_url.clone(), config.max_requests, clock, stop.clone(), ended).await?;
+    let settings = Settings {
+        public_url: public_url.clone(),
+        max_requests: config.max_requests,
+        websockets: ws::Limits { max: config.max_websockets, ..ws::Limits::default() },
+        allowed_origins: config.allowed_origins,
+    };
+    let app = App::new(store.clone(), settings, clock, stop.clone(), ended).await?;
     let record = GatewayRecord {
         gateway_id: id.clone(),
         public_url: public_url.clone(),

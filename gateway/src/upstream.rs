@@ -90,6 +90,17 @@ impl Upstreams {
         self.channel(&endpoint)
     }
 
+    /// A channel to a sandbox's host, unless it would have to be woken.
+    ///
+    /// # Errors
+    /// `SANDBOX_HIBERNATED`; else as with [`Upstreams::choose`].
+    pub async fn awake(&self, identity: &Identity, sandbox_id: &str) -> Result<ClientChannel, Status> {
+        match self.sandboxes.find(identity.tenant(), sandbox_id).await? {
+            Whereabouts::Host(endpoint) => self.channel(&endpoint),
+            Whereabouts::Hibernated => Err(status(Reason::SandboxHibernated, "the sandbox is hibernated")),
+        }
+    }
+
     /// Wakes a sandbox on behalf of the caller whom `headers` name, and waits for it with patience.
     ///
     /// # Errors

@@ -149,6 +149,8 @@ reasons! {
     WrongSandbox = "WRONG_SANDBOX", PermissionDenied, 403;
     /// The call needs an administrator's key.
     NotAdmin = "NOT_ADMIN", PermissionDenied, 403;
+    /// Pages of that origin may not use the gateway.
+    OriginNotAllowed = "ORIGIN_NOT_ALLOWED", PermissionDenied, 403;
     /// The host holds a newer epoch of the sandbox.
     StaleEpoch = "STALE_EPOCH", FailedPrecondition, 409;
     /// The sandbox was used meanwhile.
