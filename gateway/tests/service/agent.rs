@@ -16,6 +16,8 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::sessions::{Attachment, Sessions};
+
 /// One upload, as far as it came.
 #[derive(Debug, Clone, Default)]
 pub struct Upload {
@@ -37,13 +39,18 @@ pub struct Seen {
     pub cancelled: Arc<Notify>,
     /// Lets paused uploads go on.
     pub go_on: Notify,
+    pub sessions: Sessions,
+    /// Signals that were sent to sessions.
+    pub signals: Mutex<Vec<Option<i32>>>,
+    /// MCP servers of agents that were started.
+    pub mcp_servers: Mutex<Vec<Option<prost_types::Struct>>>,
 }
 
 #[derive(Debug, Clone, Default)]
 pub struct FakeAgent(pub Arc<Seen>);
 
 impl FakeAgent {
-    fn note<T>(&self, rpc: &'static str, request: &Request<T>) {
+    pub fn note<T>(&self, rpc: &'static str, request: &Request<T>) {
         let headers = request.metadata().clone().into_headers();
         let sandbox = headers["oc-sandbox-id"].to_str().unwrap().to_owned();
         self.0.calls.lock().push((rpc, sandbox, Caller::from_headers(&headers).unwrap()));
@@ -87,54 +94,85 @@ impl ExecService for FakeAgent {
         Ok(Response::new(answer))
     }
 
-    async fn run_async(&self, _: Request<RunAsyncRequest>) -> Result<Response<RunAsyncResponse>, Status> {
-        Err(Status::unimplemented("run_async"))
+    async fn run_async(
+        &self,
+        request: Request<RunAsyncRequest>,
+    ) -> Result<Response<RunAsyncResponse>, Status> {
+        self.note("RunAsync", &request);
+        let runs = request.get_ref().cmd == "sleep";
+        let started_at = Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 });
+        Ok(Response::new(if runs {
+            RunAsyncResponse { exec_id: Some("e-1".into()), running: true, started_at, ..Default::default() }
+        } else {
+            RunAsyncResponse { exit_code: Some(0), stdout: "done".into(), started_at, ..Default::default() }
+        }))
     }
 
-    async fn start_exec(&self, _: Request<StartExecRequest>) -> Result<Response<StartExecResponse>, Status> {
-        Err(Status::unimplemented("start_exec"))
+    async fn start_exec(
+        &self,
+        request: Request<StartExecRequest>,
+    ) -> Result<Response<StartExecResponse>, Status> {
+        self.note("StartExec", &request);
+        Ok(Response::new(StartExecResponse { session: Some(Sessions::described("e-1")) }))
     }
 
     async fn start_terminal(
         &self,
-        _: Request<StartTerminalRequest>,
+        request: Request<StartTerminalRequest>,
     ) -> Result<Response<StartTerminalResponse>, Status> {
-        Err(Status::unimplemented("start_terminal"))
+        self.note("StartTerminal", &request);
+        Ok(Response::new(StartTerminalResponse { session: Some(Sessions::described("t-1")) }))
     }
 
-    async fn list_execs(&self, _: Request<ListExecsRequest>) -> Result<Response<ListExecsResponse>, Status> {
-        Err(Status::unimplemented("list_execs"))
+    async fn list_execs(
+        &self,
+        request: Request<ListExecsRequest>,
+    ) -> Result<Response<ListExecsResponse>, Status> {
+        self.note("ListExecs", &request);
+        let ended = ExecSession { running: false, exit_code: Some(0), ..Sessions::described("e-2") };
+        Ok(Response::new(ListExecsResponse { sessions: vec![Sessions::described("e-1"), ended] }))
     }
 
-    async fn get_exec(&self, _: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
-        Err(Status::unimplemented("get_exec"))
+    async fn get_exec(&self, request: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
+        self.note("GetExec", &request);
+        Ok(Response::new(GetExecResponse {
+            session: Some(Sessions::described(&request.get_ref().session_id)),
+        }))
     }
 
     async fn get_exec_result(
         &self,
-        _: Request<GetExecResultRequest>,
+        request: Request<GetExecResultRequest>,
     ) -> Result<Response<GetExecResultResponse>, Status> {
-        Err(Status::unimplemented("get_exec_result"))
+        self.note("GetExecResult", &request);
+        Ok(Response::new(GetExecResultResponse { running: true, ..Default::default() }))
     }
 
-    async fn kill_exec(&self, _: Request<KillExecRequest>) -> Result<Response<KillExecResponse>, Status> {
-        Err(Status::unimplemented("kill_exec"))
+    async fn kill_exec(
+        &self,
+        request: Request<KillExecRequest>,
+    ) -> Result<Response<KillExecResponse>, Status> {
+        self.note("KillExec", &request);
+        self.0.signals.lock().push(request.into_inner().signal);
+        Ok(Response::new(KillExecResponse {}))
     }
 
     async fn resize_terminal(
         &self,
-        _: Request<ResizeTerminalRequest>,
+        request: Request<ResizeTerminalRequest>,
     ) -> Result<Response<ResizeTerminalResponse>, Status> {
-        Err(Status::unimplemented("resize_terminal"))
+        self.note("ResizeTerminal", &request);
+        Ok(Response::new(ResizeTerminalResponse {}))
     }
 
-    type AttachExecStream = tokio_stream::Empty<Result<AttachExecResponse, Status>>;
+    type AttachExecStream = Attachment;
 
     async fn attach_exec(
         &self,
-        _: Request<Streaming<AttachExecRequest>>,
-    ) -> Result<Response<Self::AttachExecStream>, Status> {
-        Err(Status::unimplemented("attach_exec"))
+        request: Request<Streaming<AttachExecRequest>>,
+    ) -> Result<Response<Attachment>, Status> {
+        self.note("AttachExec", &request);
+        self.0.sessions.attach(request).await
     }
 }
 

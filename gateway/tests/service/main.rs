@@ -4,15 +4,25 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod agent;
+mod agent_sessions;
 mod checkpoints;
 mod client;
 mod mesh;
 mod scheduler;
+mod sessions;
+mod websocket;
 
 mod auth;
 mod broken;
+mod exec_rest;
 mod grpc;
 mod limits;
 mod process;
 mod rest;
 mod streams;
+mod ws_cost;
+mod ws_flow;
+mod ws_handshake;
+mod ws_protobuf;
+mod ws_published;
+mod ws_resume;

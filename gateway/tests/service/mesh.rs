@@ -8,8 +8,9 @@ use std::{
 };
 
 use oc_gateway::{
-    app::App,
+    app::{App, Settings},
     listener::{self, Limits},
+    ws,
 };
 use oc_mesh::{
     api_key::ApiKey,
@@ -21,10 +22,10 @@ use oc_mesh::{
 use oc_proto::{
     mesh::{HostRecord, KeyRecord, SandboxRecord, SandboxTransition, SchedulerRecord},
     v1::{
-        SandboxState, checkpoint_service_server::CheckpointServiceServer,
-        exec_service_server::ExecServiceServer, file_service_server::FileServiceServer,
-        key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
-        sandbox_service_server::SandboxServiceServer,
+        SandboxState, agent_session_service_server::AgentSessionServiceServer,
+        checkpoint_service_server::CheckpointServiceServer, exec_service_server::ExecServiceServer,
+        file_service_server::FileServiceServer, key_service_server::KeyServiceServer,
+        node_service_server::NodeServiceServer, sandbox_service_server::SandboxServiceServer,
     },
 };
 use tempfile::TempDir;
@@ -76,6 +77,11 @@ impl Mesh {
     }
 
     pub async fn with_limits(limits: Limits, max_requests: usize) -> Self {
+        Self::with(limits, |settings| settings.max_requests = max_requests).await
+    }
+
+    /// A mesh whose gateway's settings are changed first.
+    pub async fn with(limits: Limits, change: impl FnOnce(&mut Settings)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let url = format!("file://{}", directory.path().join("store.db").display());
         let store = store::open(&url).await.unwrap();
@@ -84,7 +90,9 @@ impl Mesh {
 
         let agent = FakeAgent::default();
         let files = FileServiceServer::new(agent.clone()).max_decoding_message_size(64 << 20);
-        let routes = Routes::new(ExecServiceServer::new(agent.clone())).add_service(files);
+        let routes = Routes::new(ExecServiceServer::new(agent.clone()))
+            .add_service(files)
+            .add_service(AgentSessionServiceServer::new(agent.clone()));
         serve(&mut tasks, &stop, &directory.path().join("agent.sock"), routes);
         let scheduler = FakeScheduler::default();
         let routes = Routes::new(SandboxServiceServer::new(scheduler.clone()))
@@ -126,16 +134,16 @@ impl Mesh {
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let app = App::new(
-            store.clone(),
-            format!("http://{address}"),
-            max_requests,
-            Arc::new(SystemClock),
-            stop.clone(),
-            stop.clone(),
-        )
-        .await
-        .unwrap();
+        let mut settings = Settings {
+            public_url: format!("http://{address}"),
+            max_requests: 4096,
+            websockets: ws::Limits::default(),
+            allowed_origins: vec!["*".into()],
+        };
+        change(&mut settings);
+        let app = App::new(store.clone(), settings, Arc::new(SystemClock), stop.clone(), stop.clone())
+            .await
+            .unwrap();
         tasks.spawn(listener::serve(listener, app, limits, stop.clone()));
         Self { address, agent, scheduler, store, admin, key, foreign_key, signer, stop, tasks, directory }
     }

@@ -27,7 +27,7 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-struct Gateway {
+pub struct Gateway {
     process: Child,
     /// Read all the time: a process whose log nobody reads stands still when the pipe is full.
     log: JoinHandle<Vec<String>>,
@@ -35,7 +35,7 @@ struct Gateway {
 
 impl Gateway {
     /// Starts the binary beside the mesh's own gateway, and sends the mesh's requests there.
-    async fn start(mesh: &mut Mesh) -> Self {
+    pub async fn start(mesh: &mut Mesh) -> Self {
         let store = format!("file://{}", mesh.directory.path().join("store.db").display());
         let mut process = Command::new(env!("CARGO_BIN_EXE_oc-gateway"))
             .args(["--store", &store, "--listen", "127.0.0.1:0", "--id", "edge-1"])
@@ -63,14 +63,23 @@ impl Gateway {
     }
 
     /// Peak of the resident memory, MiB.
-    fn peak_mib(&self) -> u64 {
+    pub fn peak_mib(&self) -> u64 {
+        self.memory_kib("VmHWM:") >> 10
+    }
+
+    /// Resident memory, KiB.
+    pub fn resident_kib(&self) -> u64 {
+        self.memory_kib("VmRSS:")
+    }
+
+    fn memory_kib(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id().unwrap())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     /// Stops it as an operator does; what it logged.
-    async fn stop(mut self) -> Vec<String> {
+    pub async fn stop(mut self) -> Vec<String> {
         kill(Pid::from_raw(self.process.id().unwrap() as i32), Signal::SIGTERM).unwrap();
         let status =
             tokio::time::timeout(PATIENCE, self.process.wait()).await.expect("it does not end").unwrap();
