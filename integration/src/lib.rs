@@ -3,6 +3,7 @@
 //! - [`prepared`]: what `make build` and `make setup-test` have put where.
 //! - [`mesh`], [`etcd`]: a mesh of one's own, as `oc up` makes it; a record store for it.
 //! - [`rest`]: the public API as a client without any of our code sees it.
+//! - [`streams`]: a client of sessions that comes back after whatever dies.
 //! - [`memory`]: what a sandbox has in its memory alone.
 //! - [`processes`], [`leftovers`]: what a mesh has on this machine, and what of it is left afterwards.
 //! - [`suite`]: named tests that share one mesh, and end it whatever becomes of them.
@@ -14,4 +15,5 @@ pub mod mesh;
 pub mod prepared;
 pub mod processes;
 pub mod rest;
+pub mod streams;
 pub mod suite;

@@ -12,6 +12,7 @@ mod hibernation;
 mod host;
 mod main_job;
 mod refusals;
+mod sessions;
 mod tenants;
 mod tiers;
 mod watch;
@@ -36,6 +37,15 @@ fn main() -> ExitCode {
             a_long_command_keeps_its_client_waiting,
             many_commands_run_at_once,
             the_first_process_survives_what_is_done_to_it;
+        sessions:
+            a_session_takes_and_gives_every_byte,
+            a_session_goes_on_through_hibernation,
+            a_terminal_is_one,
+            a_flood_waits_for_its_reader_and_disturbs_no_other,
+            a_session_ends_as_it_was_told_to,
+            a_command_that_takes_long_is_asked_after,
+            bad_sessions_are_refused,
+            there_is_an_end_to_sessions_and_attachments;
         files:
             a_file_comes_back_as_it_went,
             a_large_file_streams_through_small_processes,
