@@ -132,7 +132,7 @@ pub async fn a_terminal_is_one(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     until(&mut terminal, "^C").await?;
     // UTF-8 comes as it is, and the size follows.
     type_in(&terminal, "echo 'ä€𝄞'\n").await?;
-    until(&mut terminal, "\nä€𝄞\r\n").await?;
+    until(&mut terminal, "\rä€𝄞\r\n").await?;
     terminal.say(Input::Resize(TerminalSize { cols: 133, rows: 43 })).await;
     type_in(&terminal, "stty size\n").await?;
     until(&mut terminal, "43 133\r\n").await?;
@@ -171,7 +171,7 @@ pub async fn a_flood_waits_for_its_reader_and_disturbs_no_other(mesh: Arc<Mesh>)
     // Nothing is acknowledged: at most its ring's size is ever written.
     let written = async || -> anyhow::Result<u64> {
         let answer = mesh.rest().get(&sandbox.path(&format!("/exec/{flood}"))).await?.expect(200)?.json();
-        Ok(answer["outputBytes"].as_str().context("no bytes")?.parse()?)
+        answer["outputBytes"].as_u64().with_context(|| format!("no bytes: {answer}"))
     };
     let mut last = 0;
     eventually("it waits", async || {
