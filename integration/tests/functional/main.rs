@@ -1,6 +1,7 @@
 //! What one mesh does for its users, by every way in, on real microVMs.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
+mod browser;
 mod chains;
 mod checkpoints;
 mod clients;
@@ -97,8 +98,11 @@ fn main() -> ExitCode {
             a_watch_says_what_it_cannot_show;
         clients:
             the_published_python_client_works_unmodified,
+            the_published_typescript_client_works_unmodified,
             oc_does_the_main_job,
             a_grpc_client_needs_no_proto_files;
+        browser:
+            a_terminal_in_a_browser_outlives_what_serves_it;
         host:
             a_vmm_is_nobody_and_bounded,
             nothing_secret_is_logged;
