@@ -10,6 +10,7 @@
 //! It is linked statically, runs on one thread (blocking file calls on others), and never ends: what fails before the
 //! services answer is written to the console and powers the machine off, what fails later is an error of one call.
 
+pub mod agents;
 pub mod boot;
 mod cancel;
 pub mod children;
