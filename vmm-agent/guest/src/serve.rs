@@ -19,7 +19,7 @@ use tower::util::MapRequestLayer;
 
 use crate::{
     cancel::broken_off_is_an_error,
-    exec::Exec,
+    exec::{Exec, sessions::Sessions},
     files::Files,
     freeze::Layer,
     identity::{Guest, Identity},
@@ -48,7 +48,8 @@ where
     let identity = Identity::default();
     let (reporter, health) = tonic_health::server::health_reporter();
     let guest = GuestServiceServer::new(Guest::new(identity.clone(), layer));
-    let exec = ExecServiceServer::new(Exec::new(identity)).max_decoding_message_size(MAX_MESSAGE);
+    let sessions = Sessions::new(identity);
+    let exec = ExecServiceServer::new(Exec::new(sessions)).max_decoding_message_size(MAX_MESSAGE);
     let files = FileServiceServer::new(Files::default()).max_decoding_message_size(MAX_MESSAGE);
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let mut port = GuestPort::new(port);
