@@ -14,8 +14,9 @@ mod events;
 
 use std::sync::Arc;
 
+use nix::sys::signal::Signal;
 use oc_proto::v1::{agent_session_service_server::AgentSessionService, *};
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, task::spawn_blocking};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
@@ -64,6 +65,17 @@ impl Agents {
             session.describe(self.sessions.identity().sandbox_id());
         AgentSession { session_id, sandbox_id, running, started_at, exit_code }
     }
+}
+
+/// Signals an agent and all that it has started: its commands are in sessions of their own, and would run on.
+fn kill(session: &Session, number: i32) -> Result<(), Status> {
+    let family = session.group().family();
+    let is_running = session.lock().ended().is_none();
+    session.signal(number)?;
+    if let (true, Ok(signal)) = (is_running, Signal::try_from(number)) {
+        family.signal(signal);
+    }
+    Ok(())
 }
 
 #[tonic::async_trait]
@@ -141,7 +153,11 @@ impl AgentSessionService for Agents {
         request: Request<KillAgentRequest>,
     ) -> Result<Response<KillAgentResponse>, Status> {
         let KillAgentRequest { session_id, signal, .. } = request.into_inner();
-        self.find(&session_id)?.signal(signal.unwrap_or(KILL))?;
+        let session = self.find(&session_id)?;
+        let signal = signal.unwrap_or(KILL);
+        spawn_blocking(move || kill(&session, signal))
+            .await
+            .map_err(|error| Refusal::Internal.status(error.to_string()))??;
         Ok(Response::new(KillAgentResponse {}))
     }
 

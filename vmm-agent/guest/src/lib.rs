@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   kernel ─▶ /init (this) ── boot: mounts, overlay, root ─▶ port oc.guest ─▶ sessions ─▶ gRPC
-//!                                                                                ├ exec    commands
+//!                                                                                ├ exec    commands, terminals
+//!                                                                                ├ agents
 //!                                                                                ├ files
 //!                                                                                └ guest   activate, quiesce
 //! ```
@@ -16,6 +17,7 @@ mod cancel;
 pub mod children;
 pub mod clock;
 pub mod exec;
+pub mod family;
 pub mod files;
 pub mod freeze;
 mod host_keys;

@@ -202,7 +202,7 @@ mod tests {
         fn whatever_is_said_is_one_line(text in "\\PC{1,40}|[\\x00-\\x1f\"\\\\]{1,40}", number in any::<f64>()) {
             prop_assert_eq!(&parsed(&prompt(&text).unwrap())["text"], &json!(text));
             let back = number_of(number);
-            prop_assert!(if number.is_finite() { back.as_f64() == Some(number) } else { back.is_null() });
+            prop_assert_eq!(back.as_f64(), number.is_finite().then_some(number));
         }
     }
 }

@@ -80,7 +80,8 @@ fn event(mut line: Vec<u8>, next_offset: u64) -> Option<Found> {
         kind: Cow<'a, str>,
     }
     line.pop_if(|last| *last == b'\n');
-    let json = String::from_utf8(line).ok()?;
+    // What begins otherwise is no object.
+    let json = String::from_utf8(line).ok().filter(|json| json.starts_with('{'))?;
     // All of it is read, so all of it is JSON.
     let Head { kind } = serde_json::from_str(&json).ok()?;
     let kind = (kind.len() <= MAX_TYPE).then(|| kind.into_owned())?;
