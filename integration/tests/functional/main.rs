@@ -1,6 +1,7 @@
 //! What one mesh does for its users, by every way in, on real microVMs.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
+mod agents;
 mod browser;
 mod chains;
 mod checkpoints;
@@ -54,6 +55,12 @@ fn main() -> ExitCode {
             a_broken_upload_leaves_what_was_there,
             directories_are_made_listed_moved_and_removed,
             a_full_disk_is_told_and_is_left;
+        agents:
+            an_agent_does_what_it_is_told,
+            an_agent_that_is_interrupted_waits_for_the_next_prompt,
+            an_agent_goes_on_with_an_earlier_conversation,
+            an_agent_tells_the_apis_errors_and_goes_on,
+            an_agent_that_dies_ends_alone;
         clones:
             clones_are_strangers_to_each_other,
             a_clone_knows_the_time,

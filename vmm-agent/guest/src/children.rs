@@ -22,6 +22,8 @@ use tokio::{
     sync::oneshot,
 };
 
+use crate::family::Family;
+
 /// Exit codes of commands that a signal ended begin here, as a shell reports them.
 const SIGNALLED: i32 = 128;
 
@@ -51,6 +53,11 @@ impl Drop for Process {
 pub struct Group(i32);
 
 impl Group {
+    /// Everybody who descends from its leader. Blocks.
+    pub fn family(self) -> Family {
+        Family::of(self.0)
+    }
+
     /// Signals every process of the group, unless its leader has ended already: then its ID may be another's.
     pub fn signal(self, signal: Signal) {
         if running().as_ref().is_some_and(|running| running.contains_key(&self.0)) {

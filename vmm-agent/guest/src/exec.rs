@@ -4,12 +4,12 @@
 //! [`launch`] and [`spawn`] start either's process.
 
 pub mod attach;
-mod attachments;
+pub mod attachments;
 mod budget;
-mod drive;
+pub mod drive;
 pub mod launch;
 mod output;
-mod ring;
+pub mod ring;
 mod run;
 pub mod session;
 pub mod sessions;
@@ -69,7 +69,7 @@ impl Exec {
 }
 
 /// A time limit in seconds; none where it is 0.
-fn seconds(name: &str, seconds: i32) -> Result<Option<Duration>, Status> {
+pub(crate) fn seconds(name: &str, seconds: i32) -> Result<Option<Duration>, Status> {
     match u64::try_from(seconds) {
         Ok(0) => Ok(None),
         Ok(seconds) => Ok(Some(Duration::from_secs(seconds))),

@@ -134,6 +134,11 @@ impl Session {
         &self.facts
     }
 
+    /// Its processes' group.
+    pub fn group(&self) -> Group {
+        self.group
+    }
+
     /// Its input.
     pub fn stdin(&self) -> &Stdin {
         &self.stdin
