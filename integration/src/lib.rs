@@ -3,6 +3,7 @@
 //! - [`prepared`]: what `make build` and `make setup-test` have put where.
 //! - [`mesh`], [`etcd`]: a mesh of one's own, as `oc up` makes it; a record store for it.
 //! - [`rest`]: the public API as a client without any of our code sees it.
+//! - [`streams`]: a client of sessions that comes back after whatever dies.
 //! - [`messages_api`]: what an agent in a sandbox talks to instead of a model.
 //! - [`memory`]: what a sandbox has in its memory alone.
 //! - [`processes`], [`leftovers`]: what a mesh has on this machine, and what of it is left afterwards.
@@ -16,4 +17,5 @@ pub mod messages_api;
 pub mod prepared;
 pub mod processes;
 pub mod rest;
+pub mod streams;
 pub mod suite;

@@ -9,6 +9,7 @@ use std::{
     sync::Arc,
 };
 
+use nix::unistd::{Gid, Uid, fchown};
 use tokio::net::unix::pipe;
 use tonic::Status;
 
@@ -166,7 +167,7 @@ impl Invocation {
         };
         match wanted {
             Wanted::Pipes { stdin } => {
-                let (theirs, channels) = pipes(stdin).map_err(failed)?;
+                let (theirs, channels) = pipes(stdin, &user).map_err(failed)?;
                 Ok((start(Streams::Three(&theirs))?, channels))
             }
             Wanted::Terminal(size) => {
@@ -215,16 +216,21 @@ impl Invocation {
 }
 
 /// Their ends, and ours.
-fn pipes(stdin: bool) -> io::Result<([OwnedFd; 3], Channels)> {
+fn pipes(stdin: bool, user: &User) -> io::Result<([OwnedFd; 3], Channels)> {
+    // Programs open /dev/stdout and its like anew, which is for the owner alone.
+    let theirs = |end: OwnedFd| -> io::Result<OwnedFd> {
+        fchown(&end, Some(Uid::from_raw(user.uid)), Some(Gid::from_raw(user.gid)))?;
+        Ok(end)
+    };
     let (stdin, ours) = if stdin {
         let (writer, reader) = pipe::pipe()?;
-        (reader.into_blocking_fd()?, Some(writer))
+        (theirs(reader.into_blocking_fd()?)?, Some(writer))
     } else {
         (File::open("/dev/null")?.into(), None)
     };
     let output = || -> io::Result<(OwnedFd, pipe::Receiver)> {
         let (writer, reader) = pipe::pipe()?;
-        Ok((writer.into_blocking_fd()?, reader))
+        Ok((theirs(writer.into_blocking_fd()?)?, reader))
     };
     let ((stdout, out), (stderr, err)) = (output()?, output()?);
     Ok(([stdin, stdout, stderr], Channels::Pipes { stdin: ours, stdout: out, stderr: err }))
