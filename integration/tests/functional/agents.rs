@@ -119,6 +119,19 @@ impl Agent {
         Ok(serde_json::from_str(&self.ask("step: recall").await?)?)
     }
 
+    /// Waits until it has ended, by `SIGKILL`.
+    async fn gone(&mut self) -> anyhow::Result<()> {
+        let exit = loop {
+            match next(&mut self.stream).await?.context("no exit")? {
+                Event::Exit(exit) => break exit,
+                Event::Agent(_) | Event::Dropped(_) => {}
+            }
+        };
+        ensure!(exit.exit_code == 137, "{exit:?}");
+        ensure!(next(&mut self.stream).await?.is_none(), "something follows the exit");
+        Ok(())
+    }
+
     fn kinds(&self) -> Vec<&str> {
         self.heard.iter().map(|event| event.r#type.as_str()).collect()
     }
@@ -135,7 +148,8 @@ fn prompting(text: &str) -> StartAgentRequest {
 
 pub async fn an_agent_does_what_it_is_told(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     let (sandbox, agents) = Agents::create(&mesh).await?;
-    let told = "step: write made.txt by an agent\nstep: run cat made.txt; id -un; pwd\nstep: say that is all";
+    let told =
+        "step: write made.txt by an agent\nstep: run cat made.txt; echo; pwd; id -un\nstep: say that is all";
     let mut agent =
         agents.start(StartAgentRequest { model: Some("claude-scripted".into()), ..prompting(told) }).await?;
     agent.until("turn_complete").await?;
@@ -154,7 +168,7 @@ pub async fn an_agent_does_what_it_is_told(mesh: Arc<Mesh>) -> anyhow::Result<()
         .collect();
     assert_eq!(
         results.last().context("no result of a tool")?["content"],
-        "by an agent\nsandbox\n/home/sandbox"
+        "by an agent\n/home/sandbox\nsandbox"
     );
     assert_eq!(sandbox.run("cat made.txt").await?.trim_end(), "by an agent");
 
@@ -166,7 +180,7 @@ pub async fn an_agent_does_what_it_is_told(mesh: Arc<Mesh>) -> anyhow::Result<()
     let listed = mesh.rest().get(&sandbox.path("/agent")).await?.expect(200)?.json();
     assert_eq!((&listed[0]["sessionID"], &listed[0]["running"]), (&json!(agent.id), &json!(true)));
     let session = mesh.rest().get(&sandbox.path(&format!("/exec/{}", agent.id))).await?.expect(200)?.json();
-    assert_eq!(session["kind"], "EXEC_KIND_AGENT", "{session}");
+    assert_eq!(session["kind"], "agent", "{session}");
     for begin in [0, 1, agent.heard.len() / 2, agent.heard.len() - 1] {
         let offset = if begin == 0 { 0 } else { agent.heard[begin - 1].next_offset };
         let mut again = agents.attach_at(&agent.id, offset).await?;
@@ -201,6 +215,17 @@ pub async fn an_agent_that_is_interrupted_waits_for_the_next_prompt(mesh: Arc<Me
     let recalled = agent.recall().await?;
     assert_eq!(recalled.last().map(String::as_str), Some("recall"), "{recalled:?}");
     assert!(!recalled.iter().any(|step| step.contains("never")), "{recalled:?}");
+
+    // Killed, it takes with it what it has started.
+    agent.prompt("step: run while :; do touch alive; sleep 0.2; done").await?;
+    oc_integration::mesh::eventually("the command runs", async || {
+        ensure!(sandbox.run("ls alive || true").await? == "alive\n");
+        Ok(())
+    })
+    .await?;
+    mesh.rest().post(&sandbox.path(&format!("/agent/{}/kill", agent.id)), json!({})).await?.expect(204)?;
+    agent.gone().await?;
+    assert_eq!(sandbox.run("rm alive; sleep 1; ls alive 2> /dev/null || echo none").await?, "none\n");
     sandbox.delete().await
 }
 
@@ -215,7 +240,7 @@ pub async fn an_agent_goes_on_with_an_earlier_conversation(mesh: Arc<Mesh>) -> a
         .post(&sandbox.path(&format!("/agent/{}/kill", first.id)), json!({ "signal": 9 }))
         .await?
         .expect(204)?;
-    assert!(matches!(next(&mut first.stream).await?, Some(Event::Exit(exit)) if exit.exit_code == 137));
+    first.gone().await?;
 
     let resumed = StartAgentRequest { resume: conversation.clone(), ..prompting("step: recall") };
     let mut second = agents.start(resumed).await?;
@@ -255,6 +280,37 @@ pub async fn an_agent_tells_the_apis_errors_and_goes_on(mesh: Arc<Mesh>) -> anyh
     sandbox.delete().await
 }
 
+pub async fn a_wrapper_takes_whatever_it_is_told(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+    let (sandbox, agents) = Agents::create(&mesh).await?;
+    let bad = [
+        json!("text"),
+        json!({ "type": "nope" }),
+        json!({ "type": "prompt" }),
+        json!({ "type": "prompt", "text": "" }),
+        json!({ "type": "configure", "maxTurns": 0 }),
+        json!({ "type": "configure", "permissionMode": "yolo" }),
+    ];
+    let mut lines = bad.iter().map(|command| format!("{command}\n")).collect::<String>() + "{no JSON\n\n";
+    // One that is begun, and more than may wait; then two that the end of the input waits for.
+    for number in 0..70 {
+        lines += &format!("{}\n", json!({ "type": "prompt", "text": format!("step: say {number}") }));
+    }
+    lines += "{\"type\":\"interrupt\"}\n";
+    for number in 0..2 {
+        lines += &format!("{}\n", json!({ "type": "prompt", "text": format!("step: say {number}") }));
+    }
+    sandbox.put("lines", lines).await?.expect(204)?;
+    let script = "{ head -c 8000000 /dev/zero | tr '\\0' x; echo; cat lines; } | claude-agent-wrapper";
+    let ran = sandbox.run_with(json!({ "cmd": script, "envs": agents.envs, "timeout": 120 })).await?;
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let said: Vec<Value> = ran.stdout.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let of = |name: &str, value: &str| said.iter().filter(|event| event[name] == value).count();
+    assert_eq!(said[0], json!({ "type": "ready" }));
+    assert_eq!((of("code", "bad_command"), of("code", "too_many_prompts")), (8, 5), "{}", ran.stdout);
+    assert_eq!((of("type", "interrupted"), of("type", "turn_complete")), (1, 2), "{}", ran.stdout);
+    sandbox.delete().await
+}
+
 pub async fn an_agent_that_dies_ends_alone(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     let (sandbox, agents) = Agents::create(&mesh).await?;
     let command = json!({ "cmd": "sh", "args": ["-c", "sleep 600"] });
@@ -266,14 +322,7 @@ pub async fn an_agent_that_dies_ends_alone(mesh: Arc<Mesh>) -> anyhow::Result<()
     agent.until("system").await?;
     // The newest of the two wrappers.
     sandbox.run("kill -9 $(pgrep -n claude-agent)").await?;
-    let exit = loop {
-        match next(&mut agent.stream).await?.context("no exit")? {
-            Event::Exit(exit) => break exit,
-            Event::Agent(_) | Event::Dropped(_) => {}
-        }
-    };
-    assert_eq!(exit.exit_code, 137);
-    assert!(next(&mut agent.stream).await?.is_none(), "nothing follows");
+    agent.gone().await?;
     assert_eq!(agents.prompt(&agent.id, "x").await.unwrap_err().code(), Code::FailedPrecondition);
     // A session that is no agent is none, whatever it is.
     for id in [command.as_str(), "nothing"] {

@@ -60,6 +60,7 @@ fn main() -> ExitCode {
             an_agent_that_is_interrupted_waits_for_the_next_prompt,
             an_agent_goes_on_with_an_earlier_conversation,
             an_agent_tells_the_apis_errors_and_goes_on,
+            a_wrapper_takes_whatever_it_is_told,
             an_agent_that_dies_ends_alone;
         clones:
             clones_are_strangers_to_each_other,
