@@ -70,12 +70,26 @@ pub fn uptime() -> anyhow::Result<Duration> {
 ///
 /// If it has gone.
 pub fn started_at(pid: i32) -> anyhow::Result<Duration> {
-    /// A clock tick as user space sees it (`USER_HZ`, proc_pid_stat(5)).
+    time(pid, 22)
+}
+
+/// What a process has taken of the processors, to a hundredth of a second.
+///
+/// # Errors
+///
+/// If it has gone.
+pub fn cpu_time(pid: i32) -> anyhow::Result<Duration> {
+    Ok(time(pid, 14)? + time(pid, 15)?)
+}
+
+/// A field of `/proc/PID/stat` that is a time (proc_pid_stat(5)).
+fn time(pid: i32, field: usize) -> anyhow::Result<Duration> {
+    /// A clock tick as user space sees it (`USER_HZ`).
     const TICK_MS: u64 = 10;
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // Behind the program's name, which may hold anything, field 3 is the first.
     let (_, fields) = text.rsplit_once(')').context("no name")?;
-    let ticks: u64 = fields.split_whitespace().nth(22 - 3).context("too few fields")?.parse()?;
+    let ticks: u64 = fields.split_whitespace().nth(field - 3).context("too few fields")?.parse()?;
     Ok(Duration::from_millis(ticks * TICK_MS))
 }
 

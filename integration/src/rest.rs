@@ -53,6 +53,11 @@ impl Answer {
 }
 
 impl Rest {
+    /// Its key.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
     /// A client of the gateway at `url`.
     pub fn new(url: &str, key: &str) -> Self {
         Self { http: reqwest::Client::new(), url: url.trim_end_matches('/').into(), key: key.into() }

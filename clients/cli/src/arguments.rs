@@ -1,13 +1,20 @@
 //! Every command and flag of `oc`.
 
+pub mod agents;
 pub mod checkpoints;
+pub mod exec;
 
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    arguments::checkpoints::{CheckpointCommand, ForkArguments},
+    arguments::{
+        agents::AgentCommand,
+        checkpoints::{CheckpointCommand, ForkArguments},
+        exec::{ExecArguments, ShellArguments},
+    },
+    commands::port_forward::Forward,
     up::shim::RunService,
 };
 
@@ -72,9 +79,16 @@ pub enum Command {
     Kill(SomeSandboxes),
     /// Print every change of sandboxes as it happens, until Ctrl-C or until those named are deleted
     Watch(WatchArguments),
-    /// Run a command in a sandbox, and end with its exit code
-    Exec(ExecArguments),
-    /// Look at, copy and change files in a sandbox
+    /// Run a command in a sandbox, and end with its exit code; look at, attach to and kill those that run
+    Exec(Box<ExecArguments>),
+    /// Open a shell in a sandbox; Ctrl-P Ctrl-Q leaves it running
+    Shell(Box<ShellArguments>),
+    /// Make ports of a sandbox ports of this machine, until Ctrl-C
+    PortForward(PortForwardArguments),
+    /// Start agents in a sandbox, follow them and tell them what to do
+    #[command(subcommand)]
+    Agent(Box<AgentCommand>),
+    /// Look at, copy, change and watch files in a sandbox
     #[command(subcommand)]
     Files(FilesCommand),
     /// Create, look at and delete sandboxes
@@ -178,34 +192,6 @@ pub struct WatchArguments {
     pub after: Option<u64>,
 }
 
-/// `oc exec`.
-#[derive(Debug, Args)]
-pub struct ExecArguments {
-    /// ID of the sandbox
-    pub id: String,
-    /// Wait for the command to end: it always does
-    #[arg(long)]
-    pub wait: bool,
-    /// Working directory
-    #[arg(long, value_name = "DIR")]
-    pub cwd: Option<String>,
-    /// Environment variable; may be repeated
-    #[arg(long, value_name = "NAME=VALUE", value_parser = name_and_value)]
-    pub env: Vec<(String, String)>,
-    /// Seconds until the command is killed, with exit code 124; 0 for no limit [default: 60]
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(i32).range(0..))]
-    pub timeout: Option<i32>,
-    /// User to run as
-    #[arg(long)]
-    pub user: Option<String>,
-    /// Pass our standard input on, 1 MiB at most
-    #[arg(long)]
-    pub stdin: bool,
-    /// The program and its arguments; a single word is a script for `sh -c`
-    #[arg(last = true, required = true, value_name = "COMMAND")]
-    pub command: Vec<String>,
-}
-
 /// `oc files`. Wherever one path in a sandbox is meant, `ID:PATH` and `ID PATH` are the same.
 #[derive(Debug, Subcommand)]
 pub enum FilesCommand {
@@ -225,6 +211,37 @@ pub enum FilesCommand {
         #[arg(required = true, num_args = 2..=3, value_name = "PATH")]
         paths: Vec<String>,
     },
+    /// Print what happens in a directory, a line an event, until Ctrl-C
+    Watch {
+        /// The directory.
+        #[command(flatten)]
+        path: RemotePath,
+        /// Watch the directories in it, too
+        #[arg(short, long)]
+        recursive: bool,
+    },
+    /// Print a URL by which anybody may read a file, for a while, without a key
+    Url {
+        /// The file.
+        #[command(flatten)]
+        path: RemotePath,
+        /// One to write it by, with PUT
+        #[arg(long)]
+        upload: bool,
+        /// For how long it is good [default: 3600]
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(i32).range(1..))]
+        expires: Option<i32>,
+    },
+}
+
+/// `oc port-forward`.
+#[derive(Debug, Args)]
+pub struct PortForwardArguments {
+    /// ID of the sandbox
+    pub id: String,
+    /// Port here, 0 for a free one, and port in the sandbox; [ADDRESS:] to listen elsewhere than on 127.0.0.1
+    #[arg(required = true, value_name = "[ADDRESS:]LOCAL:REMOTE")]
+    pub ports: Vec<Forward>,
 }
 
 /// A path in a sandbox.
@@ -413,10 +430,32 @@ mod tests {
         let cli = parse("oc exec sb-1 --wait --cwd /tmp --timeout 5 -- ls --json -la").unwrap();
         assert!(!cli.global.json);
         let Command::Exec(exec) = cli.command else { panic!("not exec") };
-        assert_eq!(exec.command, ["ls", "--json", "-la"]);
-        assert_eq!(exec.timeout, Some(5));
+        let run = exec.command.unwrap();
+        assert_eq!(run.command, ["ls", "--json", "-la"]);
+        assert_eq!(run.timeout, Some(5));
         assert!(parse("oc exec sb-1").is_err());
+        assert!(parse("oc exec").is_err());
         assert!(parse("oc exec sb-1 --timeout -1 -- true").is_err());
+        assert!(parse("oc exec sb-1 -d -i -- true").is_err());
+    }
+
+    #[test]
+    fn sessions_of_commands_have_commands_of_their_own() {
+        for line in [
+            "oc exec list sb-1",
+            "oc exec ls sb-1 --json",
+            "oc exec attach sb-1 s1 --offset 7 -i",
+            "oc exec kill sb-1 s1 --signal term",
+            "oc exec result sb-1 s1",
+        ] {
+            let Command::Exec(exec) = parse(line).unwrap().command else { panic!("not exec") };
+            assert!(exec.session.is_some() && exec.command.is_none(), "{line}");
+        }
+        let Command::Exec(exec) = parse("oc exec -it sb-1 -- list").unwrap().command else { panic!() };
+        let run = exec.command.unwrap();
+        assert!(run.stdin && run.tty && exec.session.is_none());
+        assert!(parse("oc exec attach sb-1").is_err());
+        assert!(parse("oc exec kill sb-1 s1 --signal none").is_err());
     }
 
     #[test]

@@ -1,15 +1,19 @@
 //! What each command does.
 
+pub mod agents;
 pub mod checkpoints;
 pub mod configure;
 pub mod copy;
+pub mod directory_watch;
 pub mod exec;
 pub mod files;
 pub mod forks;
 pub mod keys;
 pub mod nodes;
+pub mod port_forward;
 pub mod remote_path;
 pub mod sandboxes;
+pub mod shell;
 pub mod watch;
 
 use std::{env, path::PathBuf};
@@ -42,7 +46,12 @@ pub async fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
         Command::Sandbox(command) => run_sandbox(&connect(&global).await?, command, output).await?,
         Command::Checkpoint(command) => checkpoints::run(&connect(&global).await?, command, output).await?,
         Command::Fork(arguments) => forks::fork(&connect(&global).await?, arguments, output).await?,
-        Command::Exec(arguments) => return exec::run(&connect(&global).await?, arguments, output).await,
+        Command::Exec(arguments) => return exec::run(&global, *arguments, output).await,
+        Command::Shell(arguments) => return shell::run(&global, *arguments, output).await,
+        Command::PortForward(arguments) => {
+            port_forward::run(&connect(&global).await?, arguments, output).await?;
+        }
+        Command::Agent(command) => return agents::run(&global, *command, output).await,
         Command::Files(command) => files::run(&global, command, output).await?,
         Command::Keys(command) => keys::run(&connect(&global).await?, command, output).await?,
         Command::Nodes => nodes::list(&connect(&global).await?, output).await?,

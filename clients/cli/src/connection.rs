@@ -3,9 +3,11 @@
 use std::{fmt, time::Duration};
 
 use oc_proto::v1::{
+    agent_session_service_client::AgentSessionServiceClient,
     checkpoint_service_client::CheckpointServiceClient, exec_service_client::ExecServiceClient,
-    file_service_client::FileServiceClient, key_service_client::KeyServiceClient,
-    node_service_client::NodeServiceClient, sandbox_service_client::SandboxServiceClient,
+    file_service_client::FileServiceClient, file_url_service_client::FileUrlServiceClient,
+    key_service_client::KeyServiceClient, node_service_client::NodeServiceClient,
+    port_service_client::PortServiceClient, sandbox_service_client::SandboxServiceClient,
 };
 use tonic::{
     Request, Status,
@@ -90,6 +92,21 @@ impl Connection {
     /// Files.
     pub fn files(&self) -> FileServiceClient<Authenticated> {
         FileServiceClient::new(self.authenticated()).max_decoding_message_size(MESSAGE_BYTES)
+    }
+
+    /// URLs of files.
+    pub fn file_urls(&self) -> FileUrlServiceClient<Authenticated> {
+        FileUrlServiceClient::new(self.authenticated())
+    }
+
+    /// Ports in sandboxes.
+    pub fn ports(&self) -> PortServiceClient<Authenticated> {
+        PortServiceClient::new(self.authenticated())
+    }
+
+    /// Agents.
+    pub fn agents(&self) -> AgentSessionServiceClient<Authenticated> {
+        AgentSessionServiceClient::new(self.authenticated()).max_decoding_message_size(MESSAGE_BYTES)
     }
 
     /// API keys.

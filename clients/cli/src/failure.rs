@@ -9,8 +9,8 @@
 //! | 4 | conflict with the state of something |
 //! | 5 | the mesh failed or cannot be reached: asking again may help |
 //!
-//! `oc exec` ends with the command's own code, 124 after its timeout, and, as shells do, 126 or 127 for a
-//! program that cannot be run or found.
+//! `oc exec` and `oc shell` end with the command's own code, 124 after its timeout, and, as shells do, 126 or 127 for a
+//! program that cannot be run or found; `oc agent` with 1 where the agent could not do what it was told.
 
 use std::{fmt, io, io::Write as _};
 
@@ -63,6 +63,9 @@ pub enum Failure {
     /// A transfer stood still for too long.
     #[error("{0}")]
     Stalled(String),
+    /// The sandbox hibernated under what goes on when it wakes.
+    #[error("{0}")]
+    Interrupted(String),
     /// A mesh that was being started did not become ready.
     #[error("{0}")]
     NotReady(String),
@@ -97,6 +100,7 @@ impl Failure {
             Self::Conflict(_) => "CONFLICT".to_owned(),
             Self::Unreachable { .. } => "UNREACHABLE".to_owned(),
             Self::Stalled(_) => "DEADLINE_EXCEEDED".to_owned(),
+            Self::Interrupted(_) => "INTERRUPTED".to_owned(),
             Self::NotReady(_) => "NOT_READY".to_owned(),
             Self::Reported { code, .. } => code.clone(),
             Self::Rpc(status) => reason_of(status).unwrap_or_else(|| name_of(code_of(status)).to_owned()),
@@ -109,7 +113,7 @@ impl Failure {
             Self::Usage(_) => USAGE,
             Self::Local { .. } | Self::Unfit(_) | Self::NotReady(_) => LOCAL,
             Self::NoKey => REFUSED,
-            Self::Conflict(_) => CONFLICT,
+            Self::Conflict(_) | Self::Interrupted(_) => CONFLICT,
             Self::Unreachable { .. } | Self::Stalled(_) => FAILED,
             Self::Reported { exit, .. } => *exit,
             Self::OutputClosed => PIPE_CLOSED,
@@ -134,6 +138,15 @@ impl Failure {
     /// Whether it is the mesh that says so, not the transport.
     pub fn is_from_mesh(&self) -> bool {
         matches!(self, Self::Rpc(status) if reason_of(status).is_some())
+    }
+
+    /// Whether it passes: a stream that ended so is to be resumed.
+    pub fn is_passing(&self) -> bool {
+        let Self::Rpc(status) = self else { return matches!(self, Self::Stalled(_)) };
+        // The transport's own errors have no reason, and codes of no meaning.
+        let is_transport =
+            matches!(status.code(), Code::Unknown | Code::Internal | Code::Cancelled) && !self.is_from_mesh();
+        status.code() == Code::Unavailable || is_transport || self.has_reason("OVERLOADED")
     }
 
     /// Whether the mesh gave this reason.

@@ -33,17 +33,23 @@ macro_rules! shown {
     )*};
 }
 shown!(
+    AgentSession,
     Checkpoint,
+    CreateDownloadUrlResponse,
     CreateKeyResponse,
+    CreateUploadUrlResponse,
+    ExecSession,
     FileInfo,
     ForkCheckpointResponse,
     ForkSandboxResponse,
+    GetExecResultResponse,
     HibernateSandboxResponse,
     Key,
     Node,
     RunResponse,
     Sandbox,
     SandboxEvent,
+    WatchDirectoryResponse,
 );
 
 /// The message as REST shows it.

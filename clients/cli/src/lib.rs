@@ -5,19 +5,26 @@
 //! - [`commands`]: what each command does.
 //! - [`up`]: `oc up` and `oc down`.
 //! - [`config`]: where URL and key come from; [`connection`]: the channel to the gateway.
+//! - [`foreground`]: a session in a sandbox as if it ran here; [`attachment`]: what brings its bytes, whatever dies on the
+//!   way; [`console`], [`terminal`], [`signals`]: what it needs of this machine.
 //! - [`output`], [`json`], [`progress`], [`standard`]: results on standard output, everything else on standard error.
 //! - [`failure`]: what went wrong, and the exit code that says so.
 
 pub mod arguments;
+pub mod attachment;
 pub mod commands;
 pub mod config;
 pub mod connection;
+pub mod console;
 pub mod failure;
+pub mod foreground;
 pub mod json;
 pub mod output;
 pub mod progress;
 pub mod quote;
+pub mod signals;
 pub mod standard;
+pub mod terminal;
 pub mod up;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -29,9 +36,6 @@ use crate::{
     failure::Failure,
     output::Output,
 };
-
-/// Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT.
-const INTERRUPTED: u8 = 130;
 
 /// Parses the arguments, runs the command, and says how it ended.
 pub fn main() -> ExitCode {
@@ -60,17 +64,13 @@ fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
         .build()
         .map_err(|error| Failure::local("cannot start the runtime", error))?;
     let result = runtime.block_on(async {
-        let supervises = matches!(cli.command, Command::Up(_) | Command::Down(_));
+        let decides_itself = matches!(
+            cli.command,
+            Command::Up(_) | Command::Down(_) | Command::Exec(_) | Command::Shell(_) | Command::Agent(_)
+        );
         let command = Box::pin(commands::run(cli, output));
-        if supervises {
-            // These two decide themselves what a signal means.
-            return command.await;
-        }
-        tokio::select! {
-            result = command => result,
-            // Dropping the command undoes what it had half done: temporary files, open streams.
-            _ = tokio::signal::ctrl_c() => Ok(INTERRUPTED),
-        }
+        // What a signal means.
+        if decides_itself { command.await } else { signals::until_interrupted(command).await }
     });
     // A read of the terminal may still block a thread: it must not hold the exit back.
     runtime.shutdown_background();

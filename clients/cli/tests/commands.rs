@@ -4,16 +4,13 @@
 
 mod fake;
 
-use std::{
-    io::Write as _,
-    process::{Command, Stdio},
-};
+use std::process::{Command, Stdio};
 
 use fake::{
     KEY,
     shell::{Shell, text},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 #[test]
 fn a_sandbox_is_created_shown_listed_and_killed() {
@@ -73,82 +70,6 @@ fn a_killed_sandbox_does_not_hide_another_that_is_not_there() {
     let id = shell.json("create")["sandboxID"].as_str().unwrap().to_owned();
     assert_eq!(shell.refused(&format!("kill sb-none {id}")), (3, "SANDBOX_NOT_FOUND".to_owned()));
     assert!(shell.mesh.state.lock().unwrap().sandboxes.is_empty());
-}
-
-#[test]
-fn a_commands_output_and_exit_code_are_ours() {
-    let shell = Shell::new();
-    assert_eq!(shell.ok("exec sb-1 --wait -- echo a --json b"), "a --json b\n");
-    let output = shell.run("exec sb-1 -- bytes");
-    assert_eq!(output.stdout, b"\xff\0out");
-    assert_eq!(output.stderr, b"\xfeerr");
-    for (line, code) in
-        [("exit 0", 0), ("exit 3", 3), ("exit 137", 137), ("sleep", 124), ("secret", 126), ("gone", 127)]
-    {
-        assert_eq!(shell.run(&format!("exec sb-1 -- {line}")).status.code(), Some(code), "{line}");
-    }
-    let output = shell.run("exec sb-1 -- much");
-    assert!(text(&output.stderr).contains("it was 99 bytes"));
-    let output = shell.run("exec sb-1 --json -- exit 9");
-    assert_eq!(output.status.code(), Some(9));
-    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(answer["exitCode"], 9);
-}
-
-#[test]
-fn a_command_gets_what_it_was_given() {
-    let shell = Shell::new();
-    let described = shell.ok("exec sb-1 --timeout 5 --cwd /tmp --user root --env B=2 --env A=1 -- describe");
-    assert!(described.starts_with(r#"Some(5) [("A", "1"), ("B", "2")] /tmp root Some("35"#), "{described}");
-    assert!(shell.ok("exec sb-1 --timeout 0 -- describe").ends_with("None"));
-}
-
-#[test]
-fn standard_input_is_passed_on_up_to_its_limit() {
-    let shell = Shell::new();
-    let cat = |bytes: &[u8]| {
-        let mut child = shell
-            .command("exec sb-1 --stdin -- cat")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        let bytes = bytes.to_vec();
-        let writer = std::thread::spawn(move || stdin.write_all(&bytes));
-        let output = child.wait_with_output().unwrap();
-        // It is closed early if it is too much.
-        let _ = writer.join().unwrap();
-        output
-    };
-    let bytes: Vec<u8> = (0..1 << 20).map(|n: u32| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
-    assert_eq!(cat(&bytes).stdout, bytes);
-    let output = cat(&[bytes.as_slice(), b"x"].concat());
-    assert_eq!(output.status.code(), Some(2));
-    assert!(text(&output.stderr).contains("oc files cp"));
-}
-
-#[test]
-fn ctrl_c_ends_a_call() {
-    let shell = Shell::new();
-    let mut child = shell.command("exec sb-1 -- slow").spawn().unwrap();
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-    // Until its handler is there, the signal kills it: that has no exit code.
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    while signals_caught(pid) & 1 << 1 == 0 {
-        assert!(std::time::Instant::now() < deadline);
-        std::thread::yield_now();
-    }
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-}
-
-/// `SigCgt` of a process, proc_pid_status(5): bit N - 1 for signal N.
-fn signals_caught(pid: nix::unistd::Pid) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
-    u64::from_str_radix(mask.trim(), 16).unwrap()
 }
 
 #[test]

@@ -293,3 +293,45 @@ fn the_other_commands_do_what_they_say() {
     assert_eq!(shell.refused(["stat", "sb-1:d/h"]).0, 3);
     assert_eq!(shell.refused(["rm", "sb-1"]).0, 2);
 }
+
+#[test]
+fn what_happens_in_a_directory_is_printed_until_it_is_gone() {
+    let shell = Shell::new();
+    let output = shell.run(["watch", "-r", "sb-1:/ends"]);
+    assert!(output.status.success());
+    let expected = "created   /ends/new/\nmodified  /ends/new/f\nrenamed   /d/a -> /ends/b\nremoved   /ends/b\n\
+                    overflow  more happened than can be told: look again\n";
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+    assert!(shell.mesh.state.lock().unwrap().directories_watched[0].recursive);
+    let lines = shell.ok(["watch", "--json", "sb-1", "/ends"]);
+    let events: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((&events[0]["type"], &events[0]["isDir"]), (&json!("created"), &json!(true)));
+    assert_eq!(events[2]["renamedFrom"], "/d/a");
+    // What happened meanwhile is not known.
+    assert!(shell.refused(["watch", "sb-1:/breaks"]).1.contains("HOST_UNAVAILABLE"));
+    assert!(shell.refused(["watch", "sb-1:/none"]).1.contains("FILE_NOT_FOUND"));
+}
+
+#[test]
+fn ctrl_c_ends_a_watch() {
+    let shell = Shell::new();
+    let mut child = shell.command(["watch", "sb-1:/d"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
+        .unwrap();
+    assert_eq!(line, "created   /d/new/\n");
+    fake::shell::signal(&child, nix::sys::signal::Signal::SIGINT);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn urls_are_made_for_reading_and_writing() {
+    let shell = Shell::new();
+    assert_eq!(shell.ok(["url", "sb-1:/f"]), "http://mesh/download?path=/f&for=None\n");
+    let made: Value =
+        serde_json::from_str(&shell.ok(["url", "--json", "--upload", "--expires", "60", "sb-1:/f"])).unwrap();
+    assert_eq!(made["url"], "http://mesh/upload?path=/f&for=Some(60)");
+    assert_eq!(made["expiresAt"], "1970-01-01T00:00:00Z");
+    assert_eq!(shell.refused(["url", "sb-1"]).0, 2);
+    assert_eq!(shell.refused(["url", "--expires", "0", "sb-1:/f"]).0, 2);
+}

@@ -10,6 +10,7 @@ mod hosts;
 mod killed;
 mod sleepers;
 mod steps;
+mod streams;
 mod upgrade;
 
 use std::process::ExitCode;
@@ -31,6 +32,8 @@ fn main() -> ExitCode {
         steps:
             a_sandbox_is_as_before_or_as_after_at_every_step,
             a_checkpoint_that_is_deleted_while_a_fork_reads_it_is_whole_or_not_found;
+        streams:
+            fifty_sessions_lose_no_byte_whatever_is_killed;
         chains:
             a_chain_of_checkpoints_misses_nothing_whatever_fails;
         chaos:

@@ -1,6 +1,8 @@
 //! What one mesh does for its users, by every way in, on real microVMs.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
+mod agents;
+mod browser;
 mod chains;
 mod checkpoints;
 mod clients;
@@ -12,6 +14,7 @@ mod hibernation;
 mod host;
 mod main_job;
 mod refusals;
+mod sessions;
 mod tenants;
 mod tiers;
 mod watch;
@@ -36,6 +39,15 @@ fn main() -> ExitCode {
             a_long_command_keeps_its_client_waiting,
             many_commands_run_at_once,
             the_first_process_survives_what_is_done_to_it;
+        sessions:
+            a_session_takes_and_gives_every_byte,
+            a_session_goes_on_through_hibernation,
+            a_terminal_is_one,
+            a_flood_waits_for_its_reader_and_disturbs_no_other,
+            a_session_ends_as_it_was_told_to,
+            a_command_that_takes_long_is_asked_after,
+            bad_sessions_are_refused,
+            there_is_an_end_to_sessions_and_attachments;
         files:
             a_file_comes_back_as_it_went,
             a_large_file_streams_through_small_processes,
@@ -43,6 +55,13 @@ fn main() -> ExitCode {
             a_broken_upload_leaves_what_was_there,
             directories_are_made_listed_moved_and_removed,
             a_full_disk_is_told_and_is_left;
+        agents:
+            an_agent_does_what_it_is_told,
+            an_agent_that_is_interrupted_waits_for_the_next_prompt,
+            an_agent_goes_on_with_an_earlier_conversation,
+            an_agent_tells_the_apis_errors_and_goes_on,
+            a_wrapper_takes_whatever_it_is_told,
+            an_agent_that_dies_ends_alone;
         clones:
             clones_are_strangers_to_each_other,
             a_clone_knows_the_time,
@@ -87,8 +106,11 @@ fn main() -> ExitCode {
             a_watch_says_what_it_cannot_show;
         clients:
             the_published_python_client_works_unmodified,
+            the_published_typescript_client_works_unmodified,
             oc_does_the_main_job,
             a_grpc_client_needs_no_proto_files;
+        browser:
+            a_terminal_in_a_browser_outlives_what_serves_it;
         host:
             a_vmm_is_nobody_and_bounded,
             nothing_secret_is_logged;

@@ -22,6 +22,8 @@ use tokio::{
     sync::oneshot,
 };
 
+use crate::family::Family;
+
 /// Exit codes of commands that a signal ended begin here, as a shell reports them.
 const SIGNALLED: i32 = 128;
 
@@ -46,6 +48,25 @@ impl Drop for Process {
     }
 }
 
+/// A process group, by its leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group(i32);
+
+impl Group {
+    /// Everybody who descends from its leader. Blocks.
+    pub fn family(self) -> Family {
+        Family::of(self.0)
+    }
+
+    /// Signals every process of the group, unless its leader has ended already: then its ID may be another's.
+    pub fn signal(self, signal: Signal) {
+        if running().as_ref().is_some_and(|running| running.contains_key(&self.0)) {
+            // It fails only if there is none left.
+            let _ = killpg(Pid::from_raw(self.0), signal);
+        }
+    }
+}
+
 /// Notes the process whose ID `spawn` returns. It must be the leader of a process group.
 ///
 /// # Errors
@@ -66,12 +87,14 @@ impl Process {
         (&mut self.exit).await.unwrap_or(-1)
     }
 
-    /// Kills it and every process of its group, unless it has ended already: then its ID may be another's.
+    /// Its group, which may be signalled by others than whoever waits for its end.
+    pub fn group(&self) -> Group {
+        Group(self.id)
+    }
+
+    /// Kills it and every process of its group, unless it has ended already.
     pub fn kill_group(&self) {
-        if running().as_ref().is_some_and(|running| running.contains_key(&self.id)) {
-            // It fails only if there is none left.
-            let _ = killpg(Pid::from_raw(self.id), Signal::SIGKILL);
-        }
+        self.group().signal(Signal::SIGKILL);
     }
 }
 
@@ -110,4 +133,19 @@ fn collect() {
             let _ = waiting.send(code);
         }
     }
+}
+
+/// Collects what ends in a process of tests, which has no first process that would.
+#[cfg(test)]
+pub fn reap_in_tests() {
+    static REAPED: std::sync::Once = std::sync::Once::new();
+    REAPED.call_once(|| {
+        std::thread::spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                reap_forever().unwrap();
+                std::future::pending::<()>().await;
+            });
+        });
+    });
 }

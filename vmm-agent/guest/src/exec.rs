@@ -1,51 +1,88 @@
-//! `oc.v1.ExecService`: one command, from its start to its last byte.
+//! `oc.v1.ExecService`: commands and terminals.
+//!
+//! `Run` is a call as long as its command ([`run`]); everything else is a session ([`session`]), which outlives calls.
+//! [`launch`] and [`spawn`] start either's process.
 
-mod launch;
+pub mod attach;
+pub mod attachments;
+mod budget;
+pub mod drive;
+pub mod launch;
 mod output;
-mod ring;
+pub mod ring;
+mod run;
+pub mod session;
+pub mod sessions;
 mod spawn;
+mod stdin;
+pub mod terminal;
 
 use std::{sync::Arc, time::Duration};
 
 use oc_proto::v1::{exec_service_server::ExecService, *};
-use prost::bytes::Bytes;
-use tokio::{
-    io::AsyncWriteExt as _,
-    net::unix::pipe,
-    sync::Semaphore,
-    task::spawn_blocking,
-    time::{sleep, timeout},
-};
+use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
 use tonic::{Request, Response, Status, Streaming};
 
-use self::{launch::Launched, output::Tail};
-use crate::{identity::Identity, refusal::Refusal};
+use self::{
+    drive::Limits,
+    launch::{Channels, Invocation, Wanted, What},
+    run::Running,
+    session::Session,
+    sessions::{Order, Sessions},
+    terminal::Size,
+};
+use crate::refusal::Refusal;
 
-/// Commands at once. Each may hold two tails of output.
+/// Calls of `Run` at once. Each may hold two tails of output.
 const MAX_COMMANDS: usize = 64;
 /// Seconds that a command has where the request does not say.
 const DEFAULT_TIMEOUT: i32 = 60;
-/// After a command has ended, what it left running may hold its pipes open; it is not waited for longer.
-const LINGER: Duration = Duration::from_millis(200);
-/// Name and arguments of a command, bytes.
-const MAX_ARGS: usize = 128 << 10;
-/// Environment of a request, bytes.
-const MAX_ENVS: usize = 128 << 10;
-/// Standard input, bytes.
+/// Standard input of a command, bytes.
 const MAX_STDIN: usize = 1 << 20;
+/// `RunAsync` waits for so long, as the published clients expect of a command that ends soon.
+const ENDS_SOON: Duration = Duration::from_millis(400);
+/// What is kept of what a command of `RunAsync` writes, bytes: as much as `Run` keeps of one stream.
+const ASYNC_RING: usize = 4 << 20;
+/// How long `GetExecResult` waits: where the request does not say, and at most, milliseconds.
+const RESULT_WAIT_MS: (i32, i32) = (500, 30_000);
+/// Size of a terminal where the request does not say.
+const TERMINAL: TerminalSize = TerminalSize { cols: 80, rows: 24 };
+/// The signal of `KillExec` where the request does not say: `SIGKILL`.
+const KILL: i32 = 9;
 
 /// Runs commands.
 #[derive(Clone, Debug)]
 pub struct Exec {
-    identity: Identity,
+    sessions: Sessions,
     room: Arc<Semaphore>,
 }
 
 impl Exec {
-    /// Runs commands in the environment that `identity` has.
-    pub fn new(identity: Identity) -> Self {
-        Self { identity, room: Arc::new(Semaphore::new(MAX_COMMANDS)) }
+    /// Runs commands beside these sessions.
+    pub fn new(sessions: Sessions) -> Self {
+        Self { sessions, room: Arc::new(Semaphore::new(MAX_COMMANDS)) }
     }
+
+    fn describe(&self, session: &Session) -> ExecSession {
+        session.describe(self.sessions.identity().sandbox_id())
+    }
+}
+
+/// A time limit in seconds; none where it is 0.
+pub(crate) fn seconds(name: &str, seconds: i32) -> Result<Option<Duration>, Status> {
+    match u64::try_from(seconds) {
+        Ok(0) => Ok(None),
+        Ok(seconds) => Ok(Some(Duration::from_secs(seconds))),
+        Err(_) => Err(Refusal::InvalidArgument.status(format!("{name} is negative"))),
+    }
+}
+
+fn check_stdin(stdin: &[u8]) -> Result<(), Status> {
+    if stdin.len() > MAX_STDIN {
+        let text = format!("stdin is {} bytes; at most {MAX_STDIN} are taken", stdin.len());
+        return Err(Refusal::InvalidArgument.status(text));
+    }
+    Ok(())
 }
 
 #[tonic::async_trait]
@@ -54,147 +91,181 @@ impl ExecService for Exec {
         let Ok(_room) = self.room.try_acquire() else {
             return Err(Refusal::Overloaded.status(format!("{MAX_COMMANDS} commands run already")));
         };
-        let request = request.into_inner();
-        let time_limit = check(&request)?;
-        let envs = self.identity.envs();
-        let stdin = request.stdin.clone();
-        let launched = spawn_blocking(move || launch::launch(&request, envs))
+        let RunRequest { cmd, args, envs, cwd, user, stdin, timeout, .. } = request.into_inner();
+        let program = What::of_command(cmd, args);
+        let invocation = Invocation { program, envs, cwd, user };
+        invocation.check()?;
+        check_stdin(&stdin)?;
+        let time_limit = seconds("timeout", timeout.unwrap_or(DEFAULT_TIMEOUT))?;
+        let envs = self.sessions.identity().envs();
+        let wanted = Wanted::Pipes { stdin: !stdin.is_empty() };
+        let (process, channels) = spawn_blocking(move || invocation.launch(envs, wanted))
             .await
             .map_err(|error| Refusal::Internal.status(error.to_string()))??;
-        Ok(Response::new(finish(launched, stdin, time_limit).await))
+        let Channels::Pipes { stdin: writer, stdout, stderr } = channels else {
+            return Err(Refusal::Internal.status("a command without pipes"));
+        };
+        let running = Running { process, stdin: writer, stdout, stderr };
+        Ok(Response::new(running.finish(stdin, time_limit).await))
     }
 
-    async fn run_async(&self, _: Request<RunAsyncRequest>) -> Result<Response<RunAsyncResponse>, Status> {
-        Err(Status::unimplemented("run_async"))
+    async fn run_async(
+        &self,
+        request: Request<RunAsyncRequest>,
+    ) -> Result<Response<RunAsyncResponse>, Status> {
+        let RunAsyncRequest { cmd, args, envs, cwd, user, stdin, timeout: limit, .. } = request.into_inner();
+        let program = What::of_command(cmd, args);
+        check_stdin(&stdin)?;
+        let limits =
+            Limits { time: seconds("timeout", limit.unwrap_or(DEFAULT_TIMEOUT))?, ..Limits::default() };
+        let order = Order {
+            kind: ExecKind::Command,
+            invocation: Invocation { program, envs, cwd, user },
+            wanted: Wanted::Pipes { stdin: !stdin.is_empty() },
+            limits,
+            ring_bytes: ASYNC_RING,
+        };
+        let session = self.sessions.start(order).await?;
+        if !stdin.is_empty() {
+            session.stdin().put(stdin);
+        }
+        session.stdin().end();
+        let has_ended = timeout(ENDS_SOON, session.ended()).await.is_ok();
+        let started_at = Some(session.facts().started_at.into());
+        if !has_ended {
+            let exec_id = Some(session.facts().id.clone());
+            let running = true;
+            return Ok(Response::new(RunAsyncResponse {
+                exec_id,
+                running,
+                started_at,
+                ..Default::default()
+            }));
+        }
+        // Its ID is nobody's.
+        self.sessions.remove(&session.facts().id);
+        let GetExecResultResponse { exit_code, stdout, stderr, truncated, timed_out, .. } = session.result();
+        Ok(Response::new(RunAsyncResponse {
+            exec_id: None,
+            running: false,
+            started_at,
+            exit_code,
+            stdout,
+            stderr,
+            truncated,
+            timed_out,
+        }))
     }
 
-    async fn start_exec(&self, _: Request<StartExecRequest>) -> Result<Response<StartExecResponse>, Status> {
-        Err(Status::unimplemented("start_exec"))
+    async fn start_exec(
+        &self,
+        request: Request<StartExecRequest>,
+    ) -> Result<Response<StartExecResponse>, Status> {
+        let request = request.into_inner();
+        let size = request.terminal.map(Size::parse).transpose()?;
+        let limits = Limits {
+            time: seconds("timeout", request.timeout)?,
+            alone: seconds("maxRunAfterDisconnect", request.max_run_after_disconnect)?,
+        };
+        let order = Order {
+            kind: if size.is_some() { ExecKind::Terminal } else { ExecKind::Command },
+            invocation: Invocation {
+                program: What::Program(request.cmd, request.args),
+                envs: request.envs,
+                cwd: request.cwd,
+                user: request.user,
+            },
+            wanted: size.map_or(Wanted::Pipes { stdin: true }, Wanted::Terminal),
+            limits,
+            ring_bytes: usize::try_from(request.ring_bytes).unwrap_or(usize::MAX),
+        };
+        let session = self.sessions.start(order).await?;
+        Ok(Response::new(StartExecResponse { session: Some(self.describe(&session)) }))
     }
 
     async fn start_terminal(
         &self,
-        _: Request<StartTerminalRequest>,
+        request: Request<StartTerminalRequest>,
     ) -> Result<Response<StartTerminalResponse>, Status> {
-        Err(Status::unimplemented("start_terminal"))
+        let request = request.into_inner();
+        let or = |cells, usual| if cells == 0 { usual } else { cells };
+        let size =
+            TerminalSize { cols: or(request.cols, TERMINAL.cols), rows: or(request.rows, TERMINAL.rows) };
+        let alone = seconds("maxRunAfterDisconnect", request.max_run_after_disconnect)?;
+        let program = match request.shell.is_empty() {
+            true => What::LoginShell,
+            false => What::Program(request.shell, Vec::new()),
+        };
+        let order = Order {
+            kind: ExecKind::Terminal,
+            invocation: Invocation { program, envs: request.envs, cwd: request.cwd, user: request.user },
+            wanted: Wanted::Terminal(Size::parse(size)?),
+            limits: Limits { time: None, alone },
+            ring_bytes: 0,
+        };
+        let session = self.sessions.start(order).await?;
+        Ok(Response::new(StartTerminalResponse { session: Some(self.describe(&session)) }))
     }
 
     async fn list_execs(&self, _: Request<ListExecsRequest>) -> Result<Response<ListExecsResponse>, Status> {
-        Err(Status::unimplemented("list_execs"))
+        let sessions = self.sessions.list(None).iter().map(|session| self.describe(session)).collect();
+        Ok(Response::new(ListExecsResponse { sessions }))
     }
 
-    async fn get_exec(&self, _: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
-        Err(Status::unimplemented("get_exec"))
+    async fn get_exec(&self, request: Request<GetExecRequest>) -> Result<Response<GetExecResponse>, Status> {
+        let session = self.sessions.find(&request.into_inner().session_id)?;
+        Ok(Response::new(GetExecResponse { session: Some(self.describe(&session)) }))
     }
 
     async fn get_exec_result(
         &self,
-        _: Request<GetExecResultRequest>,
+        request: Request<GetExecResultRequest>,
     ) -> Result<Response<GetExecResultResponse>, Status> {
-        Err(Status::unimplemented("get_exec_result"))
+        let request = request.into_inner();
+        let session = self.sessions.find(&request.session_id)?;
+        let wait = request.wait_ms.unwrap_or(RESULT_WAIT_MS.0);
+        let wait = u64::try_from(wait.min(RESULT_WAIT_MS.1))
+            .map_err(|_| Refusal::InvalidArgument.status("waitMs is negative"))?;
+        // How it stands is told either way.
+        let _ = timeout(Duration::from_millis(wait), session.ended()).await;
+        Ok(Response::new(session.result()))
     }
 
-    async fn kill_exec(&self, _: Request<KillExecRequest>) -> Result<Response<KillExecResponse>, Status> {
-        Err(Status::unimplemented("kill_exec"))
+    async fn kill_exec(
+        &self,
+        request: Request<KillExecRequest>,
+    ) -> Result<Response<KillExecResponse>, Status> {
+        let request = request.into_inner();
+        self.sessions.find(&request.session_id)?.signal(request.signal.unwrap_or(KILL))?;
+        Ok(Response::new(KillExecResponse {}))
     }
 
     async fn resize_terminal(
         &self,
-        _: Request<ResizeTerminalRequest>,
+        request: Request<ResizeTerminalRequest>,
     ) -> Result<Response<ResizeTerminalResponse>, Status> {
-        Err(Status::unimplemented("resize_terminal"))
+        let ResizeTerminalRequest { session_id, cols, rows, .. } = request.into_inner();
+        let session = self.sessions.find(&session_id)?;
+        session.resize(Size::parse(TerminalSize { cols, rows })?)?;
+        Ok(Response::new(ResizeTerminalResponse {}))
     }
 
-    type AttachExecStream = tokio_stream::Empty<Result<AttachExecResponse, Status>>;
+    type AttachExecStream = attach::Events;
 
     async fn attach_exec(
         &self,
-        _: Request<Streaming<AttachExecRequest>>,
+        request: Request<Streaming<AttachExecRequest>>,
     ) -> Result<Response<Self::AttachExecStream>, Status> {
-        Err(Status::unimplemented("attach_exec"))
-    }
-}
-
-/// Refuses what is too large or makes no sense; how long the command may take otherwise.
-fn check(request: &RunRequest) -> Result<Option<Duration>, Status> {
-    let invalid = |text: String| Err(Refusal::InvalidArgument.status(text));
-    if request.cmd.is_empty() {
-        return invalid("cmd is empty".into());
-    }
-    let args = request.cmd.len() + request.args.iter().map(|arg| arg.len() + 1).sum::<usize>();
-    if args > MAX_ARGS {
-        return invalid(format!("cmd and args are {args} bytes; at most {MAX_ARGS} are taken"));
-    }
-    let envs: usize = request.envs.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
-    if envs > MAX_ENVS {
-        return invalid(format!("envs are {envs} bytes; at most {MAX_ENVS} are taken"));
-    }
-    if request.stdin.len() > MAX_STDIN {
-        return invalid(format!("stdin is {} bytes; at most {MAX_STDIN} are taken", request.stdin.len()));
-    }
-    if request.envs.keys().any(|key| key.is_empty() || key.contains('=')) {
-        return invalid("a name in envs is empty or has a '='".into());
-    }
-    match request.timeout.unwrap_or(DEFAULT_TIMEOUT) {
-        0 => Ok(None),
-        seconds => match u64::try_from(seconds) {
-            Ok(seconds) => Ok(Some(Duration::from_secs(seconds))),
-            Err(_) => invalid("timeout is negative".into()),
-        },
-    }
-}
-
-async fn finish(launched: Launched, stdin: Bytes, time_limit: Option<Duration>) -> RunResponse {
-    // Dropped if the caller goes away: the process is ended then.
-    let Launched { mut process, stdin: writer, stdout, stderr } = launched;
-    let (mut out, mut err) = (Tail::new(), Tail::new());
-    let (exit_code, timed_out) = {
-        let mut reading = std::pin::pin!(async {
-            tokio::join!(out.read_all(stdout), err.read_all(stderr), feed(writer, &stdin));
-        });
-        let limit = async {
-            match time_limit {
-                Some(limit) => sleep(limit).await,
-                None => std::future::pending().await,
-            }
+        let mut requests = request.into_inner();
+        let first = requests.message().await?;
+        let Some(AttachExecRequest {
+            session_id, input: Some(attach_exec_request::Input::Start(start)), ..
+        }) = first
+        else {
+            return Err(Refusal::InvalidArgument.status("the first message has no start"));
         };
-        let mut limit = std::pin::pin!(limit);
-        let mut drained = false;
-        let ended = loop {
-            tokio::select! {
-                code = process.exit() => break Some(code),
-                () = &mut reading, if !drained => drained = true,
-                () = &mut limit => break None,
-            }
-        };
-        if ended.is_none() {
-            process.kill_group();
-            process.exit().await;
-        }
-        if !drained {
-            // What does not come now is held by a process that the command left behind.
-            let _ = timeout(LINGER, reading).await;
-        }
-        (ended.unwrap_or(-1), ended.is_none())
-    };
-    if timed_out {
-        let seconds = time_limit.unwrap_or_default().as_secs();
-        err.add_line(&format!("oc: killed after the timeout of {seconds} s"));
-    }
-    RunResponse {
-        exit_code,
-        truncated: out.is_truncated() || err.is_truncated(),
-        stdout_bytes: out.total(),
-        stderr_bytes: err.total(),
-        stdout: out.into_bytes(),
-        stderr: err.into_bytes(),
-        timed_out,
-    }
-}
-
-/// Writes all of the input. A command need not read it.
-async fn feed(writer: Option<pipe::Sender>, stdin: &[u8]) {
-    if let Some(mut writer) = writer {
-        let _ = writer.write_all(stdin).await;
+        let session = self.sessions.find(&session_id)?;
+        let sandbox_id = self.sessions.identity().sandbox_id();
+        Ok(Response::new(attach::attach(session, sandbox_id, start, requests)?))
     }
 }

@@ -26,15 +26,26 @@ const MAX_FROZEN_MS: i32 = 60_000;
 
 /// What the host has told the guest.
 #[derive(Clone, Debug, Default)]
-pub struct Identity(Arc<Mutex<HashMap<String, String>>>);
+pub struct Identity(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    envs: HashMap<String, String>,
+    sandbox_id: String,
+}
 
 impl Identity {
     /// The environment that every command has.
     pub fn envs(&self) -> HashMap<String, String> {
-        self.lock().clone()
+        self.lock().envs.clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, String>> {
+    /// The sandbox that the guest was last told that it is; empty if none.
+    pub fn sandbox_id(&self) -> String {
+        self.lock().sandbox_id.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -45,14 +56,12 @@ pub struct Guest {
     identity: Identity,
     layer: Layer,
     thaw: Mutex<Option<JoinHandle<()>>>,
-    /// The sandbox that it was last told that it is; empty if none.
-    sandbox_id: Mutex<String>,
 }
 
 impl Guest {
     /// A guest whose writes go to `layer`.
     pub fn new(identity: Identity, layer: Layer) -> Self {
-        Self { identity, layer, thaw: Mutex::new(None), sandbox_id: Mutex::default() }
+        Self { identity, layer, thaw: Mutex::new(None) }
     }
 
     /// Lets writers go on after `after`, unless another plan is made.
@@ -88,7 +97,7 @@ impl GuestService for Guest {
         let request = request.into_inner();
         enough_entropy(&request.entropy)?;
         self.plan_thaw(None);
-        *self.identity.lock() = request.envs.clone();
+        self.identity.lock().envs = request.envs.clone();
         self.layer.thaw();
         let failed = |error: io::Error| Refusal::Internal.status(error.to_string());
         // On this thread: no step waits, and a clone has no other yet that would know its code.
@@ -100,7 +109,7 @@ impl GuestService for Guest {
                 renewed.push("ssh-host-keys");
             }
         }
-        *self.sandbox_id.lock().unwrap_or_else(PoisonError::into_inner) = request.sandbox_id;
+        self.identity.lock().sandbox_id = request.sandbox_id;
         let mib = u64::try_from(request.disk_mb).unwrap_or_default();
         if self.layer.is_smaller(mib).map_err(failed)? {
             let layer = self.layer.clone();
@@ -128,7 +137,7 @@ impl GuestService for Guest {
             self.plan_thaw(Some(Duration::from_millis(u64::from(after.unsigned_abs()))));
         }
         let layer = self.layer.clone();
-        let sandbox_id = self.sandbox_id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let sandbox_id = self.identity.sandbox_id();
         let ready = spawn_blocking(move || match after {
             0 => layer.write_back(),
             _ => {

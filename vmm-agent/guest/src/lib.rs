@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   kernel ─▶ /init (this) ── boot: mounts, overlay, root ─▶ port oc.guest ─▶ sessions ─▶ gRPC
-//!                                                                                ├ exec    commands
+//!                                                                                ├ exec    commands, terminals
+//!                                                                                ├ agents
 //!                                                                                ├ files
 //!                                                                                └ guest   activate, quiesce
 //! ```
@@ -10,11 +11,13 @@
 //! It is linked statically, runs on one thread (blocking file calls on others), and never ends: what fails before the
 //! services answer is written to the console and powers the machine off, what fails later is an error of one call.
 
+pub mod agents;
 pub mod boot;
 mod cancel;
 pub mod children;
 pub mod clock;
 pub mod exec;
+pub mod family;
 pub mod files;
 pub mod freeze;
 mod host_keys;

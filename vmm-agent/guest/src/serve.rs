@@ -11,15 +11,19 @@ use std::{
 use oc_guest_link::{GuestPort, GuestSession};
 use oc_proto::{
     mesh::guest_service_server::GuestServiceServer,
-    v1::{exec_service_server::ExecServiceServer, file_service_server::FileServiceServer},
+    v1::{
+        agent_session_service_server::AgentSessionServiceServer, exec_service_server::ExecServiceServer,
+        file_service_server::FileServiceServer,
+    },
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::{Server, server::Connected};
 use tower::util::MapRequestLayer;
 
 use crate::{
+    agents::Agents,
     cancel::broken_off_is_an_error,
-    exec::Exec,
+    exec::{Exec, sessions::Sessions},
     files::Files,
     freeze::Layer,
     identity::{Guest, Identity},
@@ -48,7 +52,10 @@ where
     let identity = Identity::default();
     let (reporter, health) = tonic_health::server::health_reporter();
     let guest = GuestServiceServer::new(Guest::new(identity.clone(), layer));
-    let exec = ExecServiceServer::new(Exec::new(identity)).max_decoding_message_size(MAX_MESSAGE);
+    let sessions = Sessions::new(identity);
+    let agents =
+        AgentSessionServiceServer::new(Agents::new(sessions.clone())).max_decoding_message_size(MAX_MESSAGE);
+    let exec = ExecServiceServer::new(Exec::new(sessions)).max_decoding_message_size(MAX_MESSAGE);
     let files = FileServiceServer::new(Files::default()).max_decoding_message_size(MAX_MESSAGE);
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let mut port = GuestPort::new(port);
@@ -63,6 +70,7 @@ where
         .add_service(health)
         .add_service(guest)
         .add_service(exec)
+        .add_service(agents)
         .add_service(files)
         .serve_with_incoming(sessions)
         .await?;

@@ -1,130 +1,184 @@
-//! `oc exec`: runs a command to its end; its output is ours, byte for byte, and so is its exit code.
+//! `oc exec`: runs a command to its end; its output is ours, byte for byte and as it comes, and so is its exit code.
+//!
+//! The command is a session, which outlives our connection; see [`crate::foreground`]. With `--json` it is one call whose
+//! answer is printed when the command has ended.
 
-use std::{io::Write as _, time::Duration};
+pub mod collected;
+pub mod sessions;
 
-use oc_proto::v1::{RunRequest, RunResponse};
-use tokio::io::AsyncReadExt as _;
-use tonic::Request;
+use std::time::Duration;
+
+use oc_proto::v1::{ExecSession, StartExecRequest, TerminalSize};
 
 use crate::{
-    arguments::ExecArguments,
-    connection::Connection,
+    arguments::{
+        Global,
+        exec::{ExecArguments, RunArguments},
+    },
+    commands::connect,
+    connection::{Connection, within},
     failure::Failure,
+    foreground::{Bond, Foreground, Input},
     json,
-    output::{self, Output},
-    progress, standard,
+    output::Output,
+    progress,
+    signals::{Signals, until_interrupted},
+    terminal,
 };
 
-/// Exit code after the timeout, as `timeout(1)` has it.
-const TIMED_OUT: u8 = 124;
 /// Exit codes of shells for a program that cannot be run, or found.
 const NOT_EXECUTABLE: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
-/// What the guest assumes where no timeout is given.
+/// For a command that is to end by itself.
 const DEFAULT_TIMEOUT_SECONDS: i32 = 60;
-/// What a call may take beside the command: a wake-up, the way there and back.
-const GRACE: Duration = Duration::from_secs(30);
-/// The guest takes no more.
-const STDIN_BYTES: u64 = 1 << 20;
+/// For a session to come about; a hibernated sandbox wakes meanwhile.
+pub const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// Where nobody knows the size of a window.
+pub const WINDOW: TerminalSize = TerminalSize { cols: 80, rows: 24 };
 
-/// `oc exec`.
-pub async fn run(connection: &Connection, arguments: ExecArguments, output: Output) -> Result<u8, Failure> {
-    let stdin = if arguments.stdin { read_stdin().await? } else { Vec::new() };
-    let mut command = arguments.command.into_iter();
-    let message = RunRequest {
-        sandbox_id: arguments.id,
-        cmd: command.next().unwrap_or_default(),
-        args: command.collect(),
-        envs: arguments.env.into_iter().collect(),
-        cwd: arguments.cwd.unwrap_or_default(),
-        timeout: arguments.timeout,
-        user: arguments.user.unwrap_or_default(),
-        stdin: stdin.into(),
-    };
-    let mut request = Request::new(message);
-    if let Some(deadline) = deadline(arguments.timeout) {
-        request.set_timeout(deadline);
+/// `oc exec …`. The command line is checked before anything is connected to.
+pub async fn run(global: &Global, arguments: ExecArguments, output: Output) -> Result<u8, Failure> {
+    if let Some(command) = arguments.session {
+        return sessions::run(global, command, output).await;
     }
-    let mut client = connection.exec();
-    match progress::during("running", client.run(request)).await {
-        Ok(response) => finish(&response.into_inner(), output),
-        Err(status) => {
-            let failure = Failure::from(status);
-            let code = match failure.code().as_str() {
-                "COMMAND_NOT_FOUND" => NOT_FOUND,
-                "COMMAND_NOT_EXECUTABLE" => NOT_EXECUTABLE,
-                _ => return Err(failure),
-            };
-            failure.report(output.is_json());
-            Ok(code)
+    // One of the two is there, by the definition of the command line.
+    let Some(arguments) = arguments.command else { return Err(Failure::Usage("give a command".to_owned())) };
+    let input = input(&arguments, terminal::is_input())?;
+    if output.is_json() && !arguments.detach {
+        if arguments.tty {
+            return Err(Failure::Usage("a terminal has no JSON form: leave out --json or -t".to_owned()));
         }
+        return until_interrupted(async { collected::run(&connect(global).await?, arguments, output).await })
+            .await;
+    }
+    let mut signals = Signals::listen()?;
+    let started = async {
+        let connection = connect(global).await?;
+        let started = progress::during("starting", start(&connection, &arguments)).await;
+        Ok::<_, Failure>((connection, started))
+    };
+    let (connection, started) = tokio::select! {
+        started = started => started?,
+        code = signals.ending() => return Ok(code),
+    };
+    let session = match started {
+        Ok(session) => session,
+        Err(failure) => return refused(failure, output),
+    };
+    if arguments.detach {
+        output.show(|| json::of(&session), || session.session_id.clone())?;
+        return Ok(0);
+    }
+    let session = Foreground {
+        connection: &connection,
+        sandbox_id: &arguments.id,
+        session_id: &session.session_id,
+        has_terminal: arguments.tty,
+        offset: 0,
+        input,
+        bond: Bond::Ours,
+        way_back: sessions::way_back(&arguments.id, &session.session_id, input),
+    };
+    session.run(&mut signals).await
+}
+
+/// What the command gets of our standard input.
+fn input(arguments: &RunArguments, is_terminal: bool) -> Result<Input, Failure> {
+    match (arguments.stdin, arguments.tty) {
+        (false, _) => Ok(Input::Nothing),
+        (true, false) => Ok(Input::Bytes),
+        (true, true) if is_terminal => Ok(Input::Keys),
+        (true, true) => Err(Failure::Usage("standard input is no terminal: leave out -t".to_owned())),
     }
 }
 
-/// When to give up on the call; never, if the command may run for ever.
-fn deadline(timeout: Option<i32>) -> Option<Duration> {
-    let seconds = u64::try_from(timeout.unwrap_or(DEFAULT_TIMEOUT_SECONDS)).unwrap_or(0);
-    (seconds > 0).then(|| Duration::from_secs(seconds) + GRACE)
+async fn start(connection: &Connection, arguments: &RunArguments) -> Result<ExecSession, Failure> {
+    let (cmd, args) = program(&arguments.command);
+    let message = StartExecRequest {
+        sandbox_id: arguments.id.clone(),
+        cmd,
+        args,
+        envs: arguments.env.iter().cloned().collect(),
+        cwd: arguments.cwd.clone().unwrap_or_default(),
+        timeout: timeout(arguments),
+        user: arguments.user.clone().unwrap_or_default(),
+        terminal: arguments.tty.then(|| terminal::size().unwrap_or(WINDOW)),
+        ..StartExecRequest::default()
+    };
+    let mut client = connection.exec();
+    let response = client.start_exec(within(START_TIMEOUT, message)).await?.into_inner();
+    Ok(response.session.unwrap_or_default())
 }
 
-async fn read_stdin() -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    standard::input()?
-        .take(STDIN_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .await
-        .map_err(|error| Failure::local("cannot read standard input", error))?;
-    if bytes.len() as u64 > STDIN_BYTES {
-        let message =
-            "standard input holds more than 1 MiB: copy it with `oc files cp - ID:PATH` and read it there";
-        return Err(Failure::Usage(message.to_owned()));
+/// The program and its arguments; a single word is a script.
+fn program(command: &[String]) -> (String, Vec<String>) {
+    match command {
+        [script] => ("/bin/sh".to_owned(), vec!["-c".to_owned(), script.clone()]),
+        [program, arguments @ ..] => (program.clone(), arguments.to_vec()),
+        [] => (String::new(), Vec::new()),
     }
-    Ok(bytes)
 }
 
-fn finish(response: &RunResponse, output: Output) -> Result<u8, Failure> {
-    if output.is_json() {
-        output.show(|| json::of(response), String::new)?;
-        return Ok(exit_code(response));
-    }
-    output.bytes(&response.stdout)?;
-    // As a program that runs here: nobody is told that standard error is closed.
-    let _ = std::io::stderr().lock().write_all(&response.stderr);
-    if response.truncated {
-        output::note(format_args!(
-            "oc: only the end of the output is shown: it was {} bytes, and {} on standard error",
-            response.stdout_bytes, response.stderr_bytes
-        ));
-    }
-    Ok(exit_code(response))
+fn timeout(arguments: &RunArguments) -> i32 {
+    let ends_by_itself = !(arguments.stdin || arguments.tty || arguments.detach);
+    arguments.timeout.unwrap_or(if ends_by_itself { DEFAULT_TIMEOUT_SECONDS } else { 0 })
 }
 
-/// The command's exit code, as far as a process can have it.
-fn exit_code(response: &RunResponse) -> u8 {
-    if response.timed_out {
-        return TIMED_OUT;
-    }
-    u8::try_from(response.exit_code).unwrap_or(u8::MAX)
+/// What cannot be started has the exit code that a shell would give.
+fn refused(failure: Failure, output: Output) -> Result<u8, Failure> {
+    let code = match failure.code().as_str() {
+        "COMMAND_NOT_FOUND" => NOT_FOUND,
+        "COMMAND_NOT_EXECUTABLE" => NOT_EXECUTABLE,
+        _ => return Err(failure),
+    };
+    failure.report(output.is_json());
+    Ok(code)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use clap::Parser as _;
 
-    #[test]
-    fn the_call_outlives_the_command_and_has_no_end_without_a_timeout() {
-        assert_eq!(deadline(None), Some(Duration::from_secs(90)));
-        assert_eq!(deadline(Some(5)), Some(Duration::from_secs(35)));
-        assert_eq!(deadline(Some(0)), None);
+    use super::*;
+    use crate::arguments::{Cli, Command};
+
+    fn arguments(flags: &str) -> RunArguments {
+        let line = format!("oc exec sb-1 {flags} -- true");
+        let Command::Exec(exec) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
+            panic!("not exec")
+        };
+        exec.command.unwrap()
     }
 
     #[test]
-    fn exit_codes_are_the_commands_own() {
-        let ended = |exit_code, timed_out| RunResponse { exit_code, timed_out, ..RunResponse::default() };
-        assert_eq!(exit_code(&ended(0, false)), 0);
-        assert_eq!(exit_code(&ended(137, false)), 137);
-        assert_eq!(exit_code(&ended(-1, true)), TIMED_OUT);
-        assert_eq!(exit_code(&ended(-1, false)), 255);
+    fn only_a_command_that_nobody_talks_to_has_a_timeout_unasked() {
+        for (flags, seconds) in [
+            ("", 60),
+            ("--timeout 5", 5),
+            ("--timeout 0", 0),
+            ("-i", 0),
+            ("-t", 0),
+            ("-d", 0),
+            ("-i --timeout 7", 7),
+        ] {
+            assert_eq!(timeout(&arguments(flags)), seconds, "{flags}");
+        }
+    }
+
+    #[test]
+    fn keys_need_a_terminal() {
+        assert_eq!(input(&arguments("-it"), true).unwrap(), Input::Keys);
+        assert_eq!(input(&arguments("-i"), true).unwrap(), Input::Bytes);
+        assert_eq!(input(&arguments("-t"), false).unwrap(), Input::Nothing);
+        assert!(input(&arguments("-it"), false).is_err());
+    }
+
+    #[test]
+    fn a_single_word_is_a_script() {
+        let words = |line: &str| line.split(' ').map(ToOwned::to_owned).collect::<Vec<_>>();
+        assert_eq!(program(&words("ls")), ("/bin/sh".into(), words("-c ls")));
+        assert_eq!(program(&["a b | c".to_owned()]).1[1], "a b | c");
+        assert_eq!(program(&words("ls -l")), ("ls".into(), words("-l")));
     }
 }

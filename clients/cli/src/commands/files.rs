@@ -2,14 +2,14 @@
 
 use jiff::Timestamp;
 use oc_proto::v1::{
-    FileInfo, FileType, ListDirectoryRequest, MakeDirectoryRequest, RemoveFileRequest, RenameFileRequest,
-    StatFileRequest,
+    CreateDownloadUrlRequest, CreateUploadUrlRequest, FileInfo, FileType, ListDirectoryRequest,
+    MakeDirectoryRequest, RemoveFileRequest, RenameFileRequest, StatFileRequest,
 };
 
 use crate::{
     arguments::{FilesCommand, Global, RemotePath},
     commands::{
-        connect, copy,
+        connect, copy, directory_watch,
         remote_path::{InSandbox, Side},
         sandboxes::{age, time},
     },
@@ -50,6 +50,14 @@ pub async fn run(global: &Global, command: FilesCommand, output: Output) -> Resu
             connect(global).await?.files().rename_file(request).await?;
             output.done()
         }
+        FilesCommand::Watch { path, recursive } => {
+            let place = path.place()?;
+            directory_watch::run(&connect(global).await?, &place, recursive, output).await
+        }
+        FilesCommand::Url { path, upload, expires } => {
+            let place = path.place_with_path()?;
+            print_url(&connect(global).await?, place, upload, expires, output).await
+        }
     }
 }
 
@@ -71,6 +79,26 @@ pub async fn stat(connection: &Connection, place: &InSandbox) -> Result<FileInfo
     let request = StatFileRequest { sandbox_id: place.id.clone(), path: place.path_or_home() };
     let answer = connection.files().stat_file(within(CALL_TIMEOUT, request)).await?;
     Ok(answer.into_inner().info.unwrap_or_default())
+}
+
+async fn print_url(
+    connection: &Connection,
+    place: InSandbox,
+    is_upload: bool,
+    expires_in: Option<i32>,
+    output: Output,
+) -> Result<(), Failure> {
+    let InSandbox { id: sandbox_id, path } = place;
+    let mut client = connection.file_urls();
+    if is_upload {
+        let request = within(CALL_TIMEOUT, CreateUploadUrlRequest { sandbox_id, path, expires_in });
+        let answer = client.create_upload_url(request).await?.into_inner();
+        output.show(|| json::of(&answer), || answer.url.clone())
+    } else {
+        let request = within(CALL_TIMEOUT, CreateDownloadUrlRequest { sandbox_id, path, expires_in });
+        let answer = client.create_download_url(request).await?.into_inner();
+        output.show(|| json::of(&answer), || answer.url.clone())
+    }
 }
 
 fn rename(paths: &[String]) -> Result<RenameFileRequest, Failure> {

@@ -7,7 +7,7 @@ use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures_util::future::try_join_all;
 use jiff::Timestamp;
 use oc_proto::v1::{SandboxEvent, SandboxEventType, SandboxState, WatchSandboxRequest, WatchSandboxResponse};
-use tonic::{Code, Request, Status};
+use tonic::{Request, Status};
 
 use crate::{
     arguments::WatchArguments,
@@ -134,16 +134,8 @@ async fn stream(
 
 /// What an error of a stream means: that it is to be resumed, or the end.
 fn broken(status: Status) -> Result<End, Failure> {
-    let code = status.code();
     let failure = Failure::from(status);
-    // The transport's own errors have no reason, and codes of no meaning.
-    let is_transport =
-        matches!(code, Code::Unknown | Code::Internal | Code::Cancelled) && !failure.is_from_mesh();
-    match code {
-        Code::Unavailable => Ok(End::Broken(failure)),
-        _ if is_transport || failure.has_reason("OVERLOADED") => Ok(End::Broken(failure)),
-        _ => Err(failure),
-    }
+    if failure.is_passing() { Ok(End::Broken(failure)) } else { Err(failure) }
 }
 
 fn silent() -> Failure {

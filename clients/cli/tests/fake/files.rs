@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
+use futures_util::{StreamExt as _, stream, stream::BoxStream};
 use oc_proto::{
     google::api::HttpBody,
-    v1::{file_service_server::FileService, *},
+    v1::{file_service_server::FileService, file_url_service_server::FileUrlService, *},
 };
 use tokio_stream::{Iter, iter};
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -187,13 +188,42 @@ impl FileService for Files {
         Ok(Response::new(RenameFileResponse {}))
     }
 
-    type WatchDirectoryStream = tokio_stream::Empty<Result<WatchDirectoryResponse, Status>>;
+    type WatchDirectoryStream = BoxStream<'static, Result<WatchDirectoryResponse, Status>>;
 
     async fn watch_directory(
         &self,
-        _: Request<WatchDirectoryRequest>,
+        request: Request<WatchDirectoryRequest>,
     ) -> Result<Response<Self::WatchDirectoryStream>, Status> {
-        Err(Status::unimplemented("watch_directory"))
+        let request = request.into_inner();
+        let path = request.path.clone();
+        self.0.lock().unwrap().directories_watched.push(request);
+        if path == "/none" {
+            return Err(refused(Code::NotFound, "FILE_NOT_FOUND", "there is no directory /none"));
+        }
+        let event = |kind: FileEventType, name: &str, from: &str, is_dir| {
+            Ok(WatchDirectoryResponse {
+                r#type: kind.into(),
+                path: format!("{path}/{name}"),
+                renamed_from: from.to_owned(),
+                is_dir,
+            })
+        };
+        let events = [
+            Ok(WatchDirectoryResponse::default()),
+            event(FileEventType::Created, "new", "", true),
+            event(FileEventType::Modified, "new/f", "", false),
+            event(FileEventType::Renamed, "b", "/d/a", false),
+            event(FileEventType::Removed, "b", "", false),
+            event(FileEventType::Overflow, "", "", false),
+        ];
+        let events = stream::iter(events);
+        Ok(Response::new(match path.as_str() {
+            "/ends" => events.boxed(),
+            "/breaks" => events
+                .chain(stream::iter([Err(refused(Code::Unavailable, "HOST_UNAVAILABLE", "gone"))]))
+                .boxed(),
+            _ => events.chain(stream::pending()).boxed(),
+        }))
     }
 
     type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
@@ -210,5 +240,32 @@ impl FileService for Files {
         _: Request<Streaming<WriteArchiveRequest>>,
     ) -> Result<Response<WriteArchiveResponse>, Status> {
         Err(Status::unimplemented("write_archive"))
+    }
+}
+
+#[tonic::async_trait]
+impl FileUrlService for Files {
+    async fn create_download_url(
+        &self,
+        request: Request<CreateDownloadUrlRequest>,
+    ) -> Result<Response<CreateDownloadUrlResponse>, Status> {
+        let request = request.into_inner();
+        let url = format!("http://mesh/download?path={}&for={:?}", request.path, request.expires_in);
+        Ok(Response::new(CreateDownloadUrlResponse {
+            url,
+            expires_at: Some(prost_types::Timestamp::default()),
+        }))
+    }
+
+    async fn create_upload_url(
+        &self,
+        request: Request<CreateUploadUrlRequest>,
+    ) -> Result<Response<CreateUploadUrlResponse>, Status> {
+        let request = request.into_inner();
+        let url = format!("http://mesh/upload?path={}&for={:?}", request.path, request.expires_in);
+        Ok(Response::new(CreateUploadUrlResponse {
+            url,
+            expires_at: Some(prost_types::Timestamp::default()),
+        }))
     }
 }

@@ -2,22 +2,28 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "shared by several tests, none of which uses all")]
 
+pub mod agents;
 pub mod checkpoints;
 pub mod exec;
 pub mod files;
+pub mod ports;
 pub mod sandboxes;
+pub mod sessions;
 pub mod shell;
 pub mod watch;
 
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use oc_proto::v1::{
+    agent_session_service_server::AgentSessionServiceServer,
     checkpoint_service_server::CheckpointServiceServer, exec_service_server::ExecServiceServer,
-    file_service_server::FileServiceServer, key_service_server::KeyServiceServer,
-    node_service_server::NodeServiceServer, sandbox_service_server::SandboxServiceServer,
+    file_service_server::FileServiceServer, file_url_service_server::FileUrlServiceServer,
+    key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
+    port_service_server::PortServiceServer, sandbox_service_server::SandboxServiceServer,
 };
 use tokio::{net::TcpListener, sync::oneshot};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -25,6 +31,7 @@ use tonic::{Code, Request, Status, service::Routes, transport::Server};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 pub use sandboxes::State;
+use sessions::Session;
 
 /// An error as the mesh gives it.
 pub fn refused(code: Code, reason: &str, message: &str) -> Status {
@@ -53,7 +60,13 @@ pub async fn serve(listener: TcpListener, key: Option<String>, state: Arc<Mutex<
         checkpoints::Checkpoints(Arc::clone(&state)),
         check.clone(),
     ))
-    .add_service(ExecServiceServer::with_interceptor(exec::Exec, check.clone()))
+    .add_service(ExecServiceServer::with_interceptor(exec::Exec(Arc::clone(&state)), check.clone()))
+    .add_service(AgentSessionServiceServer::with_interceptor(
+        agents::Agents(Arc::clone(&state)),
+        check.clone(),
+    ))
+    .add_service(PortServiceServer::with_interceptor(ports::Ports(Arc::clone(&state)), check.clone()))
+    .add_service(FileUrlServiceServer::with_interceptor(files::Files(Arc::clone(&state)), check.clone()))
     .add_service(FileServiceServer::with_interceptor(files::Files(state), check))
     .into_axum_router()
     .route("/readyz", axum::routing::get(async || "ready"));
@@ -91,6 +104,22 @@ impl Fake {
             });
         });
         Self { address: address.recv().unwrap(), state, stop: Some(stop), thread: Some(thread) }
+    }
+}
+
+impl Fake {
+    /// Looks at a session, or does something to it.
+    pub fn session<T>(&self, id: &str, look: impl FnOnce(&mut Session) -> T) -> T {
+        exec::change_sessions(&self.state, |sessions| look(sessions.find(id).unwrap()))
+    }
+
+    /// Waits until something is true of all that happened.
+    pub fn until(&self, what: &str, mut condition: impl FnMut(&State) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !condition(&self.state.lock().unwrap()) {
+            assert!(Instant::now() < deadline, "never: {what}");
+            std::thread::yield_now();
+        }
     }
 }
 

@@ -12,13 +12,13 @@ use oc_proto::v1::{
     GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse,
     HibernationTier, Key, ListKeysRequest, ListKeysResponse, ListNodesRequest, ListNodesResponse,
     ListSandboxesRequest, ListSandboxesResponse, Node, RefreshTokenRequest, RefreshTokenResponse, Sandbox,
-    SandboxState, SetTimeoutRequest, SetTimeoutResponse, WakeSandboxRequest, WakeSandboxResponse,
-    WatchSandboxRequest, key_service_server::KeyService, node_service_server::NodeService,
-    sandbox_service_server::SandboxService,
+    SandboxState, SetTimeoutRequest, SetTimeoutResponse, StartAgentRequest, WakeSandboxRequest,
+    WakeSandboxResponse, WatchDirectoryRequest, WatchSandboxRequest, key_service_server::KeyService,
+    node_service_server::NodeService, sandbox_service_server::SandboxService,
 };
 use tonic::{Code, Request, Response, Status};
 
-use super::{files::Entry, refused, watch};
+use super::{exec::Sessions, files::Entry, refused, watch};
 
 /// Everything there is.
 #[derive(Default)]
@@ -40,6 +40,16 @@ pub struct State {
     pub uploads: usize,
     /// Uploads that broke.
     pub broken_uploads: usize,
+    pub sessions: Sessions,
+    /// What agents were told, and how they were started.
+    pub told: Vec<String>,
+    pub agents_started: Vec<StartAgentRequest>,
+    /// Where streams of agents' events were begun.
+    pub agents_attached: Vec<u64>,
+    /// Connections to ports, and what came from the clients that had something to say.
+    pub forwarded: Vec<(u32, Vec<u8>)>,
+    /// Directories that were watched.
+    pub directories_watched: Vec<WatchDirectoryRequest>,
 }
 
 pub struct Sandboxes(pub Arc<Mutex<State>>);

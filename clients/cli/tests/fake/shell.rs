@@ -1,7 +1,14 @@
 //! Commands as a shell runs them.
 
-use std::process::{Command, Output, Stdio};
+use std::{
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 use super::{Fake, KEY};
@@ -54,6 +61,24 @@ impl Shell {
         assert!(!error["error"].as_str().unwrap().is_empty());
         (output.status.code().unwrap(), error["code"].as_str().unwrap().to_owned())
     }
+}
+
+/// Sends a signal to a child, once it decides itself what the signal means: before, it would just die of it.
+pub fn signal(child: &Child, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while signals_caught(pid) & 1 << (signal as i32 - 1) == 0 {
+        assert!(Instant::now() < deadline, "{signal} is never caught");
+        std::thread::yield_now();
+    }
+    kill(pid, signal).unwrap();
+}
+
+/// `SigCgt` of a process, proc_pid_status(5): bit N - 1 for signal N.
+fn signals_caught(pid: Pid) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+    u64::from_str_radix(mask.trim(), 16).unwrap()
 }
 
 /// What a command wrote.

@@ -1,7 +1,7 @@
 //! `make bench`: what the mesh takes, beside what the VMM alone takes, measured here and now. Prints Markdown.
 //!
 //! - [`floor`]: QEMU alone, with none of our code.
-//! - [`create`], [`calls`], [`transfer`], [`memory`], [`crowd`]: one subject each.
+//! - [`create`], [`calls`], [`transfer`], [`memory`], [`streams`], [`crowd`]: one subject each.
 //! - [`captures`], [`curve`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
 
@@ -13,6 +13,7 @@ mod crowd;
 mod curve;
 mod floor;
 mod memory;
+mod streams;
 mod table;
 mod timed;
 mod transfer;
@@ -30,7 +31,7 @@ use self::table::Table;
 struct Arguments {
     /// Subjects to measure, beside the floor; all where none is named
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "captures", "curve", "crowd"])]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "captures", "curve", "crowd"])]
     only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
@@ -61,6 +62,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("memory") {
         memory::measure(&mesh, &mut table).await.context("memory")?;
+    }
+    if wanted("streams") {
+        streams::measure(&mesh, &mut table).await.context("streams")?;
     }
     mesh.stop()?;
     let ours = match wanted("captures") {

@@ -1,13 +1,9 @@
 //! The end of what a command wrote.
 
-use std::sync::{
-    OnceLock,
-    atomic::{AtomicUsize, Ordering},
-};
-
-use nix::sys::sysinfo::sysinfo;
 use prost::bytes::{Buf as _, Bytes, BytesMut};
 use tokio::{io::AsyncReadExt as _, net::unix::pipe};
+
+use super::budget::Room;
 
 /// What is kept, bytes.
 pub const KEPT: usize = 4 << 20;
@@ -15,19 +11,6 @@ pub const KEPT: usize = 4 << 20;
 const READ: usize = 64 << 10;
 /// What every tail may hold, bytes, however many there are.
 const GRANTED: usize = 2 * READ;
-/// What all tails may hold beyond that: this part of the guest's memory, which commands want for themselves.
-const SHARE: u64 = 8;
-
-/// What all tails hold beyond what each is granted.
-static SPENT: AtomicUsize = AtomicUsize::new(0);
-
-fn budget() -> usize {
-    static BUDGET: OnceLock<usize> = OnceLock::new();
-    *BUDGET.get_or_init(|| {
-        let memory = sysinfo().map(|info| info.ram_total()).unwrap_or_default();
-        usize::try_from(memory / SHARE).unwrap_or(usize::MAX)
-    })
-}
 
 /// Keeps the last [`KEPT`] bytes, or fewer while all commands together write too much, and counts all.
 #[derive(Debug)]
@@ -35,22 +18,23 @@ pub struct Tail {
     bytes: BytesMut,
     total: u64,
     /// What it may hold.
-    room: usize,
+    room: Room,
     is_cut: bool,
 }
 
 impl Tail {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { bytes: BytesMut::new(), total: 0, room: GRANTED, is_cut: false }
+        Self { bytes: BytesMut::new(), total: 0, room: Room::new(GRANTED), is_cut: false }
     }
 
     /// Reads until every writer has closed the pipe.
     pub async fn read_all(&mut self, mut pipe: pipe::Receiver) {
         loop {
-            if self.bytes.len() + READ > self.room && !self.grow() {
+            // Up to twice what is kept.
+            if self.bytes.len() + READ > self.room.get() && !self.room.grow(2 * KEPT) {
                 // The older half goes at once, so that each byte is moved once at most.
-                self.cut(KEPT.min(self.room / 2));
+                self.cut(KEPT.min(self.room.get() / 2));
             }
             self.bytes.reserve(READ);
             match pipe.read_buf(&mut self.bytes).await {
@@ -60,21 +44,10 @@ impl Tail {
         }
     }
 
-    /// Takes as much room again, if there is any: up to twice what is kept.
-    fn grow(&mut self) -> bool {
-        let more = self.room.min((2 * KEPT).saturating_sub(self.room));
-        let take = |spent: usize| spent.checked_add(more).filter(|spent| *spent <= budget());
-        let grown = more > 0 && SPENT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok();
-        if grown {
-            self.room += more;
-        }
-        grown
-    }
-
     fn cut(&mut self, keep: usize) {
         if self.bytes.len() > keep {
             let kept = self.bytes.split_off(self.bytes.len() - keep);
-            self.bytes = BytesMut::with_capacity(self.room);
+            self.bytes = BytesMut::with_capacity(self.room.get());
             self.bytes.extend_from_slice(&kept);
             self.is_cut = true;
         }
@@ -107,12 +80,6 @@ impl Tail {
     }
 }
 
-impl Drop for Tail {
-    fn drop(&mut self) {
-        SPENT.fetch_sub(self.room - GRANTED, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
@@ -137,7 +104,7 @@ mod tests {
         assert_eq!(bytes.len(), KEPT);
         let first = 2_000_000 - u32::try_from(KEPT / 4).unwrap();
         assert!(bytes.chunks(4).zip(first..).all(|(chunk, number)| chunk == number.to_le_bytes()));
-        assert_eq!(SPENT.load(Ordering::Relaxed), 0);
+        assert_eq!(Room::spent(), 0);
     }
 
     #[test]

@@ -64,9 +64,9 @@ impl Ring {
         self.taken
     }
 
-    /// What it may take, bytes.
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    /// Whether one more piece of so many bytes would be too much to keep all.
+    pub fn is_full_with(&self, more: usize) -> bool {
+        self.taken + more + OVERHEAD > self.capacity
     }
 
     /// Lets it take so much from now on.

@@ -43,7 +43,16 @@ pub struct Program<'a> {
     /// Who it runs as; only root can give it another user.
     pub user: &'a User,
     /// Standard input, output and error.
-    pub streams: &'a [OwnedFd; 3],
+    pub streams: Streams<'a>,
+}
+
+/// What a program's standard input, output and error are.
+#[derive(Clone, Copy, Debug)]
+pub enum Streams<'a> {
+    /// These.
+    Three(&'a [OwnedFd; 3]),
+    /// The terminal at this path, which is the program's controlling terminal.
+    Terminal(&'a Path),
 }
 
 /// Why a program does not run.
@@ -154,7 +163,7 @@ fn checked(code: libc::c_int) -> io::Result<()> {
 struct FileActions(MaybeUninit<libc::posix_spawn_file_actions_t>);
 
 impl FileActions {
-    fn new(directory: &Path, streams: &[OwnedFd; 3]) -> io::Result<Self> {
+    fn new(directory: &Path, streams: Streams<'_>) -> io::Result<Self> {
         let mut actions = MaybeUninit::uninit();
         // SAFETY: it initialises what it is given.
         checked(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) })?;
@@ -164,13 +173,35 @@ impl FileActions {
         checked(unsafe {
             libc::posix_spawn_file_actions_addchdir_np(actions.0.as_mut_ptr(), directory.as_ptr())
         })?;
-        for (number, stream) in (0..).zip(streams) {
-            // SAFETY: initialised above. Every other descriptor of ours closes at exec.
-            checked(unsafe {
-                libc::posix_spawn_file_actions_adddup2(actions.0.as_mut_ptr(), stream.as_raw_fd(), number)
-            })?;
+        match streams {
+            Streams::Three(streams) => {
+                for (number, stream) in (0..).zip(streams) {
+                    actions.duplicate(stream.as_raw_fd(), number)?;
+                }
+            }
+            // The first terminal that the leader of a new session opens becomes its own (tty_ioctl(4)).
+            Streams::Terminal(path) => {
+                let path = c_string(path.as_os_str().as_bytes())?;
+                // SAFETY: initialised above; the path is copied.
+                checked(unsafe {
+                    libc::posix_spawn_file_actions_addopen(
+                        actions.0.as_mut_ptr(),
+                        0,
+                        path.as_ptr(),
+                        libc::O_RDWR,
+                        0,
+                    )
+                })?;
+                actions.duplicate(0, 1)?;
+                actions.duplicate(0, 2)?;
+            }
         }
         Ok(actions)
+    }
+
+    fn duplicate(&mut self, from: libc::c_int, to: libc::c_int) -> io::Result<()> {
+        // SAFETY: initialised in `new`. Every other descriptor of ours closes at exec.
+        checked(unsafe { libc::posix_spawn_file_actions_adddup2(self.0.as_mut_ptr(), from, to) })
     }
 }
 
@@ -259,11 +290,6 @@ fn system(result: libc::c_long) -> io::Result<()> {
 mod tests {
     use std::{fs, io::Read as _, os::unix::fs::PermissionsExt as _};
 
-    use nix::{
-        sys::wait::{WaitStatus, waitpid},
-        unistd::Pid,
-    };
-
     use super::*;
 
     /// Nobody, or who we are if we are not root.
@@ -295,16 +321,15 @@ mod tests {
             path: "/nowhere::/usr/bin:/bin",
             directory,
             user: &user(),
-            streams: &streams,
+            streams: Streams::Three(&streams),
         };
-        let id = program.spawn()?;
+        crate::children::reap_in_tests();
+        let mut process = crate::children::start(|| program.spawn())?;
         drop(streams);
         let mut output = String::new();
         reader.read_to_string(&mut output).unwrap();
-        match waitpid(Pid::from_raw(id), None).unwrap() {
-            WaitStatus::Exited(_, code) => Ok((code, output)),
-            other => panic!("{other:?}"),
-        }
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        Ok((runtime.block_on(process.exit()), output))
     }
 
     /// A directory that anybody may enter, with a script that names no interpreter.
