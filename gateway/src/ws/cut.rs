@@ -10,8 +10,9 @@ use tokio_tungstenite::tungstenite::{
     },
 };
 
-/// Bytes of data in one frame. A buffer of this size is kept for each connection that ever sent as much.
-const PIECE: usize = 32 << 10;
+/// Bytes of data in one frame. A buffer of this size is kept for each connection that ever sent as much, so it is not the
+/// largest that clients take.
+const PIECE: usize = 8 << 10;
 
 /// What is left to be sent, frame by frame.
 #[derive(Debug)]

@@ -121,13 +121,15 @@ impl Client {
         }
     }
 
-    /// Messages until so many bytes with this prefix have come; without the prefix.
+    /// Messages until so many bytes with this prefix have come; without the prefix, and without signs of life.
     pub async fn collect(&mut self, prefix: u8, length: usize) -> Vec<u8> {
         let mut collected = Vec::new();
         while collected.len() < length {
             let bytes = self.bytes().await;
-            assert_eq!(bytes.first(), Some(&prefix), "{bytes:?}");
-            collected.extend_from_slice(&bytes[1..]);
+            if let Some((first, rest)) = bytes.split_first() {
+                assert_eq!(*first, prefix, "{bytes:?}");
+                collected.extend_from_slice(rest);
+            }
         }
         collected
     }

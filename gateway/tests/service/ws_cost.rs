@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Attachments at the same time.
-const MANY: usize = 2000;
+const MANY: usize = 1000;
 
 async fn attach_many(mesh: &Mesh, count: usize) -> Vec<Client> {
     stream::iter(0..count)
@@ -44,9 +44,7 @@ async fn an_idle_attachment_costs_little_also_after_it_was_busy() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     let busy = each(gateway.resident_kib());
     println!("idle {idle:.1} KiB, after output {busy:.1} KiB each");
-    assert!(idle < 30.0, "{idle} KiB each");
-    let clients = clients.len();
-    assert_eq!(clients, MANY);
+    assert!(idle < 30.0 && busy < 30.0, "{idle} KiB each, {busy} KiB after output");
 }
 
 #[tokio::test]
