@@ -4,6 +4,7 @@
 //!   kernel ─▶ /init (this) ── boot: mounts, overlay, root ─▶ port oc.guest ─▶ sessions ─▶ gRPC
 //!                                                                                ├ exec    commands
 //!                                                                                ├ files
+//!                                                                                ├ ports
 //!                                                                                └ guest   activate, quiesce
 //! ```
 //!
@@ -20,6 +21,7 @@ pub mod freeze;
 mod host_keys;
 pub mod identity;
 pub mod port;
+pub mod ports;
 pub mod refusal;
 pub mod serve;
 pub mod users;

@@ -11,7 +11,10 @@ use std::{
 use oc_guest_link::{GuestPort, GuestSession};
 use oc_proto::{
     mesh::guest_service_server::GuestServiceServer,
-    v1::{exec_service_server::ExecServiceServer, file_service_server::FileServiceServer},
+    v1::{
+        exec_service_server::ExecServiceServer, file_service_server::FileServiceServer,
+        port_service_server::PortServiceServer,
+    },
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::{Server, server::Connected};
@@ -23,6 +26,7 @@ use crate::{
     files::Files,
     freeze::Layer,
     identity::{Guest, Identity},
+    ports::Ports,
 };
 
 /// What the host may send on a stream before we read on.
@@ -50,6 +54,7 @@ where
     let guest = GuestServiceServer::new(Guest::new(identity.clone(), layer));
     let exec = ExecServiceServer::new(Exec::new(identity)).max_decoding_message_size(MAX_MESSAGE);
     let files = FileServiceServer::new(Files::default()).max_decoding_message_size(MAX_MESSAGE);
+    let ports = PortServiceServer::new(Ports::default()).max_decoding_message_size(MAX_MESSAGE);
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let mut port = GuestPort::new(port);
     let sessions =
@@ -64,6 +69,7 @@ where
         .add_service(guest)
         .add_service(exec)
         .add_service(files)
+        .add_service(ports)
         .serve_with_incoming(sessions)
         .await?;
     Err("the port has ended".into())
