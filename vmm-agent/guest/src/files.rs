@@ -1,5 +1,6 @@
 //! `oc.v1.FileService`: files of the guest, as root sees them.
 
+mod archive;
 mod info;
 mod path;
 mod read;
@@ -11,10 +12,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use oc_proto::v1::{
     ListDirectoryRequest, ListDirectoryResponse, MakeDirectoryRequest, MakeDirectoryResponse,
-    ReadArchiveRequest, ReadArchiveResponse, ReadFileRequest, RemoveFileRequest, RemoveFileResponse,
-    RenameFileRequest, RenameFileResponse, StatFileRequest, StatFileResponse, WatchDirectoryRequest,
-    WriteArchiveRequest, WriteArchiveResponse, WriteFileRequest, WriteFileResponse,
-    file_service_server::FileService,
+    ReadArchiveRequest, ReadFileRequest, RemoveFileRequest, RemoveFileResponse, RenameFileRequest,
+    RenameFileResponse, StatFileRequest, StatFileResponse, WatchDirectoryRequest, WriteArchiveRequest,
+    WriteArchiveResponse, WriteFileRequest, WriteFileResponse, file_service_server::FileService,
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -186,19 +186,28 @@ impl FileService for Files {
         Ok(Response::new(watch::watch(path, request.recursive, room).await?))
     }
 
-    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+    type ReadArchiveStream = archive::Stream;
 
     async fn read_archive(
         &self,
-        _: Request<ReadArchiveRequest>,
+        request: Request<ReadArchiveRequest>,
     ) -> Result<Response<Self::ReadArchiveStream>, Status> {
-        Err(Status::unimplemented("read_archive"))
+        let path = resolve(&request.into_inner().path)?;
+        let room = self.thread()?;
+        Ok(Response::new(archive::read(path, room).await?))
     }
 
     async fn write_archive(
         &self,
-        _: Request<Streaming<WriteArchiveRequest>>,
+        request: Request<Streaming<WriteArchiveRequest>>,
     ) -> Result<Response<WriteArchiveResponse>, Status> {
-        Err(Status::unimplemented("write_archive"))
+        let mut parts = request.into_inner();
+        let Some(first) = parts.message().await? else {
+            return Err(Refusal::InvalidArgument.status("the stream has no message"));
+        };
+        let path = resolve(&first.path)?;
+        let data = first.body.map(|body| body.data).unwrap_or_default();
+        let room = self.thread()?;
+        Ok(Response::new(archive::write(path, data, parts, room).await?))
     }
 }
