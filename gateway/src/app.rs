@@ -11,6 +11,7 @@ use oc_mesh::{
     caller::Caller,
     clock::Clock,
     error::{Reason, status},
+    file_url::FileUrlVerifier,
     keys,
     store::SharedStore,
     token::TokenVerifier,
@@ -22,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 
 use crate::{
-    auth::{Authenticator, Identity, keys::ApiKeys},
+    auth::{Authenticator, Identity, file_url::FileUrls, keys::ApiKeys},
     budget::Budget,
     cors,
     exchange::{Ending, Exchange},
@@ -40,6 +41,7 @@ pub struct App {
     pub(crate) surface: Surface,
     pub(crate) rest: Rest,
     pub(crate) auth: Authenticator,
+    pub(crate) file_urls: FileUrls,
     pub(crate) upstreams: Upstreams,
     pub(crate) local: Local,
     pub(crate) budget: Budget,
@@ -104,6 +106,7 @@ impl App {
             schedulers: schedulers.clone(),
             draining,
         };
+        let file_urls = FileUrls::new(FileUrlVerifier::new(&tokens), Arc::clone(&clock));
         let auth = Authenticator::new(ApiKeys::new(store.clone(), keys), tokens, clock);
         let upstreams = Upstreams::new(schedulers, Sandboxes::new(store, records, hosts));
         let permits = Arc::new(Semaphore::new(max_requests));
@@ -111,6 +114,7 @@ impl App {
             surface,
             rest,
             auth,
+            file_urls,
             upstreams,
             local,
             budget: Budget::default(),

@@ -11,6 +11,7 @@ mod scheduler;
 
 mod auth;
 mod broken;
+mod file_urls;
 mod grpc;
 mod limits;
 mod process;
