@@ -4,7 +4,7 @@
 //! - [`store`], [`record`], [`keys`], [`view`]: the record store, embedded or etcd; typed access; live mirrors.
 //! - [`membership`]: being a member under a lease, and seeing the others.
 //! - [`endpoint`], [`channel`], [`serve`], [`layers`], [`relay`]: calls between our own parts.
-//! - [`caller`], [`api_key`], [`token`]: who calls.
+//! - [`caller`], [`api_key`], [`token`], [`file_url`]: who calls.
 //! - [`error`]: stable reasons, one table to gRPC and HTTP.
 //! - [`clock`], [`limits`], [`shutdown`], [`telemetry`]: time, what the system allows, stopping, seeing.
 //! - [`fail`]: where a test has a service die.
@@ -16,6 +16,7 @@ pub mod clock;
 pub mod endpoint;
 pub mod error;
 pub mod fail;
+pub mod file_url;
 pub mod keys;
 pub mod layers;
 pub mod limits;
