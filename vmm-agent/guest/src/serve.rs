@@ -68,6 +68,8 @@ where
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_concurrent_streams(MAX_CALLS)
+        // As many as there may be can be given up before a slow guest has looked at them.
+        .http2_max_pending_accept_reset_streams(Some(MAX_CALLS as usize))
         .layer(MapRequestLayer::new(broken_off_is_an_error))
         .add_service(health)
         .add_service(guest)
