@@ -11,6 +11,7 @@ use oc_mesh::{
     caller::Caller,
     clock::Clock,
     error::{Reason, status},
+    file_url::FileUrlVerifier,
     keys,
     store::SharedStore,
     token::TokenVerifier,
@@ -22,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 
 use crate::{
-    auth::{Authenticator, Identity, keys::ApiKeys},
+    auth::{Authenticator, Identity, file_url::FileUrls, keys::ApiKeys},
     budget::Budget,
     cors::{self, AllowedOrigins},
     exchange::{Ending, Exchange},
@@ -41,6 +42,7 @@ pub struct App {
     pub(crate) surface: Surface,
     pub(crate) rest: Rest,
     pub(crate) auth: Authenticator,
+    pub(crate) file_urls: FileUrls,
     pub(crate) upstreams: Upstreams,
     pub(crate) local: Local,
     pub(crate) budget: Budget,
@@ -119,6 +121,7 @@ impl App {
             schedulers: schedulers.clone(),
             draining,
         };
+        let file_urls = FileUrls::new(FileUrlVerifier::new(&tokens), Arc::clone(&clock));
         let auth = Authenticator::new(ApiKeys::new(store.clone(), keys), tokens, clock);
         let upstreams = Upstreams::new(schedulers, Sandboxes::new(store, records, hosts));
         let origins = AllowedOrigins::new(&settings.allowed_origins, &settings.public_url);
@@ -127,6 +130,7 @@ impl App {
             surface,
             rest,
             auth,
+            file_urls,
             upstreams,
             local,
             budget: Budget::default(),

@@ -17,6 +17,7 @@
 //!
 //! Credentials are never logged, and neither is the query of a request, which may hold one.
 
+pub mod file_url;
 pub mod keys;
 
 use std::sync::Arc;

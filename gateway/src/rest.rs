@@ -2,7 +2,8 @@
 //!
 //! In reading order: a request's method and path find a [`route`], made of the RPC's HTTP rule; [`request`] turns
 //! path, query and JSON [`json`] into the RPC's message; the call goes to the part that answers it; the answer is
-//! shown by [`answer`]. Raw bytes stream in by [`upload`] and out by [`download`].
+//! shown by [`answer`]. Raw bytes stream in by [`upload`] and out by [`download`]. Callers have a credential, but for those
+//! who have a [`file_url`].
 
 pub mod answer;
 pub mod download;
@@ -19,13 +20,14 @@ use http::{Request, Response, StatusCode, request::Parts};
 use oc_mesh::{
     channel::ClientChannel,
     error::{Reason, reason_of, status},
+    file_url::Access,
 };
 use prost_reflect::{DynamicMessage, FieldDescriptor};
 use tonic::{Status, body::Body as HttpBody};
 
 use crate::{
     app::App,
-    auth::Identity,
+    auth::{Identity, file_url},
     budget::Held,
     compat::{accepted, slow_answer},
     exchange::Exchange,
@@ -94,7 +96,13 @@ struct Call<'a> {
 impl Call<'_> {
     async fn serve(self, parts: &Parts, body: HttpBody) -> Result<Response<HttpBody>, Status> {
         let query = parts.uri.query();
-        let identity = self.app.auth.identify(&parts.headers, query).await?;
+        let (identity, by_url) = match file_url::access(&parts.method, &self.route) {
+            Some(access) => {
+                let (identity, message) = self.by_url(access, query).await?;
+                (identity, Some(message))
+            }
+            None => (self.app.auth.identify(&parts.headers, query).await?, None),
+        };
         self.exchange.set_tenant(identity.tenant());
         identity.may_call(&self.route.rpc)?;
         // A wrong sandbox is refused before its body is read.
@@ -104,10 +112,21 @@ impl Call<'_> {
             }
         }
         match self.route.request_body.clone() {
-            Body::Raw(field) => self.upload(&identity, &field, parts, body).await,
+            Body::Raw(field) => {
+                let head = match by_url {
+                    Some(message) => message,
+                    None => request::without_body(&self.app.rest.json, &self.route, &self.path, query)?,
+                };
+                self.upload(&identity, &field, head, parts, body).await
+            }
             _ => {
-                let read = request::with_body(self.app, &self.route, &self.path, query, body);
-                let (message, held) = timed(Some(DEADLINE), read).await?;
+                let (message, held) = match by_url {
+                    Some(message) => (message, Held::default()),
+                    None => {
+                        let read = request::with_body(self.app, &self.route, &self.path, query, body);
+                        timed(Some(DEADLINE), read).await?
+                    }
+                };
                 let sent = Sent::new(&self, &identity, &message, Patience::of(&parts.headers)).await?;
                 match self.route.response_body.clone() {
                     Body::Raw(field) => {
@@ -123,6 +142,18 @@ impl Call<'_> {
                 }
             }
         }
+    }
+
+    /// Whom a URL that is signed for this route acts for, and what it asks for.
+    async fn by_url(
+        &self,
+        access: Access,
+        query: Option<&str>,
+    ) -> Result<(Identity, DynamicMessage), Status> {
+        let named = self.path.iter().find(|(field, _)| Some(field) == self.route.rpc.sandbox_field.as_ref());
+        let sandbox = named.map(|(_, text)| text.as_str()).unwrap_or_default();
+        let sandboxes = self.app.upstreams.sandboxes();
+        self.app.file_urls.verify(sandboxes, access, sandbox, query, &self.route).await
     }
 
     /// One message there, one back.
@@ -159,10 +190,10 @@ impl Call<'_> {
         self,
         identity: &Identity,
         field: &FieldDescriptor,
+        head: DynamicMessage,
         parts: &Parts,
         body: HttpBody,
     ) -> Result<Response<HttpBody>, Status> {
-        let head = request::without_body(&self.app.rest.json, &self.route, &self.path, parts.uri.query())?;
         let sent = Sent::new(&self, identity, &head, Patience::of(&parts.headers)).await?;
         let broken = upload::Broken::default();
         let progress = Progress::default();

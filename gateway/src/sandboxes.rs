@@ -65,6 +65,20 @@ impl Sandboxes {
         self.endpoint(&record.host_id).await
     }
 
+    /// Whom a sandbox belongs to, if our copies know it.
+    #[must_use]
+    pub fn copied_tenant(&self, sandbox_id: &str) -> Option<String> {
+        self.records.get(sandbox_id).map(|record| record.tenant.clone())
+    }
+
+    /// Whom a sandbox belongs to, as the store has it.
+    ///
+    /// # Errors
+    /// `SANDBOX_NOT_FOUND`; `HOST_UNAVAILABLE`.
+    pub async fn stored_tenant(&self, sandbox_id: &str) -> Result<String, Status> {
+        Ok(self.stored(sandbox_id).await?.ok_or_else(not_found)?.tenant)
+    }
+
     async fn stored(&self, sandbox_id: &str) -> Result<Option<SandboxRecord>, Status> {
         if !could_be_an_id(sandbox_id) {
             return Ok(None);

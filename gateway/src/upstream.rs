@@ -60,6 +60,12 @@ impl Upstreams {
         Self { schedulers, sandboxes, channels, turn, waking }
     }
 
+    /// The sandboxes that calls go to.
+    #[must_use]
+    pub fn sandboxes(&self) -> &Sandboxes {
+        &self.sandboxes
+    }
+
     /// A channel to whoever answers this RPC. A hibernated sandbox is woken first, on behalf of the caller whom
     /// `headers` name.
     ///

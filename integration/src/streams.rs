@@ -189,7 +189,10 @@ impl Sessions {
             let broken = match self.attach(session_id, follower.start(session_id)).await {
                 Ok(connection) => match follower.go_on(connection).await? {
                     Ok(()) => return Ok(follower.outcome),
-                    Err(broken) => broken,
+                    Err(broken) => {
+                        follower.outcome.returns += 1;
+                        broken
+                    }
                 },
                 Err(refused) => refused,
             };
@@ -201,7 +204,6 @@ impl Sessions {
             if !comes_back.contains(&broken.code()) || last.elapsed() > PATIENCE {
                 bail!("{} {session_id}: {broken}", self.sandbox_id);
             }
-            follower.outcome.returns += 1;
             sleep(PAUSE).await;
         }
     }

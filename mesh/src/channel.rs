@@ -59,6 +59,8 @@ fn connect(endpoint: &Endpoint) -> Result<Channel, EndpointError> {
         builder
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            // What still comes for calls that were given up must not break the connection, which all callers share.
+            .http2_max_local_error_reset_streams(None)
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
     };

@@ -3,8 +3,8 @@
 //! Where things stand:
 //! - [`store`], [`record`], [`keys`], [`view`]: the record store, embedded or etcd; typed access; live mirrors.
 //! - [`membership`]: being a member under a lease, and seeing the others.
-//! - [`endpoint`], [`channel`], [`serve`], [`layers`], [`relay`]: calls between our own parts.
-//! - [`caller`], [`api_key`], [`token`]: who calls.
+//! - [`endpoint`], [`channel`], [`serve`], [`layers`], [`relay`], [`endless`]: calls between our own parts.
+//! - [`caller`], [`api_key`], [`token`], [`file_url`]: who calls.
 //! - [`error`]: stable reasons, one table to gRPC and HTTP.
 //! - [`clock`], [`limits`], [`shutdown`], [`telemetry`]: time, what the system allows, stopping, seeing.
 //! - [`fail`]: where a test has a service die.
@@ -13,9 +13,11 @@ pub mod api_key;
 pub mod caller;
 pub mod channel;
 pub mod clock;
+pub mod endless;
 pub mod endpoint;
 pub mod error;
 pub mod fail;
+pub mod file_url;
 pub mod keys;
 pub mod layers;
 pub mod limits;

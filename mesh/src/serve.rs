@@ -21,8 +21,9 @@ use listen::{Listener, tcp_connections, unix_connections};
 const GRACE: Duration = Duration::from_secs(10);
 /// How often a silent peer is asked whether it is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Streams that one connection may have open.
-const MAX_STREAMS: u32 = 4096;
+/// Streams that one connection may have open: a gateway has one to a host, for all that its callers attach to there. One that
+/// is idle costs a few KiB on either side, windows are only filled by those that are not read.
+const MAX_STREAMS: u32 = 16_384;
 
 /// What is served, and how.
 #[derive(Debug)]
@@ -145,6 +146,10 @@ impl Bound {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(MAX_FRAME)
             .max_concurrent_streams(MAX_STREAMS)
+            // Against strangers, the connection is broken where many streams are opened and given up at once, or sent to after
+            // they were refused. Here all callers share it, and each may give up what it likes.
+            .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
+            .http2_max_local_error_reset_streams(None)
             .http2_keepalive_interval(keepalive)
             .layer(server_stack(max_concurrent, max_deadline))
             .add_routes(routes);

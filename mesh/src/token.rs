@@ -78,17 +78,8 @@ impl std::fmt::Debug for TokenSigner {
 impl TokenSigner {
     /// Signs with the newest key in the store; makes the first one if there is none.
     pub async fn ensure(store: &SharedStore) -> Result<Self, TokenError> {
-        loop {
-            let (keys, _) = record::list::<TokenSigningKey>(store.as_ref(), keys::TOKEN_SIGNING).await?;
-            let newest = keys.into_iter().map(|(_, key, _)| key).max_by_key(|key| {
-                let created = key.created_at.unwrap_or_default();
-                (created.seconds, created.nanos)
-            });
-            if let Some(key) = newest {
-                return Ok(Self { key_id: key.key_id, key: EncodingKey::from_ed_der(&key.private_key) });
-            }
-            make_key_pair(store).await?;
-        }
+        let key = newest_key(store).await?;
+        Ok(Self { key_id: key.key_id, key: EncodingKey::from_ed_der(&key.private_key) })
     }
 
     /// A token for `sandbox_id` of `tenant`, and when it expires.
@@ -112,6 +103,21 @@ impl TokenSigner {
         let token = jsonwebtoken::encode(&header, &claims, &self.key)
             .map_err(|error| TokenError::Signing(error.to_string()))?;
         Ok((token, expires))
+    }
+}
+
+/// The newest key in the store; makes the first one if there is none.
+pub(crate) async fn newest_key(store: &SharedStore) -> Result<TokenSigningKey, TokenError> {
+    loop {
+        let (keys, _) = record::list::<TokenSigningKey>(store.as_ref(), keys::TOKEN_SIGNING).await?;
+        let newest = keys.into_iter().map(|(_, key, _)| key).max_by_key(|key| {
+            let created = key.created_at.unwrap_or_default();
+            (created.seconds, created.nanos)
+        });
+        match newest {
+            Some(key) => return Ok(key),
+            None => make_key_pair(store).await?,
+        }
     }
 }
 
@@ -157,6 +163,11 @@ impl TokenVerifier {
         // Compared below with the time that we are given.
         validation.validate_exp = false;
         Ok(Self { keys, validation: Arc::new(validation) })
+    }
+
+    /// The public keys.
+    pub(crate) fn keys(&self) -> &View<TokenVerifyingKey> {
+        &self.keys
     }
 
     /// What a valid token says.

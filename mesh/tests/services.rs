@@ -3,6 +3,8 @@
 
 #[path = "services/faulty.rs"]
 mod faulty;
+#[path = "services/file_url.rs"]
+mod file_url;
 #[path = "services/layers.rs"]
 mod layers;
 #[path = "services/membership.rs"]

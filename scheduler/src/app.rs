@@ -9,6 +9,7 @@ use axum::routing::get;
 use oc_mesh::{
     clock::SharedClock,
     endpoint::Endpoint,
+    file_url::FileUrlSigner,
     keys,
     membership::{DEFAULT_TTL, Registration},
     serve::{Bound, Serve, ServeError},
@@ -19,8 +20,9 @@ use oc_mesh::{
 use oc_proto::{
     mesh::SchedulerRecord,
     v1::{
-        checkpoint_service_server::CheckpointServiceServer, key_service_server::KeyServiceServer,
-        node_service_server::NodeServiceServer, sandbox_service_server::SandboxServiceServer,
+        checkpoint_service_server::CheckpointServiceServer, file_url_service_server::FileUrlServiceServer,
+        key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
+        sandbox_service_server::SandboxServiceServer,
     },
 };
 use prost::Message as _;
@@ -39,6 +41,7 @@ use crate::{
     reconcile::{Pace, Reconciler},
     rpc::{
         checkpoints::CheckpointRpc,
+        file_urls::FileUrlRpc,
         keys::KeyRpc,
         nodes::NodeRpc,
         present::Presenter,
@@ -126,6 +129,7 @@ impl App {
             CheckpointRpc::new(checkpoints.clone(), presenter),
             KeyRpc::new(store.clone(), clock),
             NodeRpc::new(store.clone(), hosts, sandboxes.clone()),
+            FileUrlRpc::new(sandboxes.clone(), FileUrlSigner::ensure(&store).await?),
         );
         let bound = Serve {
             listen: config.listen.clone(),
@@ -196,11 +200,18 @@ impl App {
     }
 }
 
-fn routes(sandboxes: SandboxRpc, checkpoints: CheckpointRpc, keys: KeyRpc, nodes: NodeRpc) -> Routes {
+fn routes(
+    sandboxes: SandboxRpc,
+    checkpoints: CheckpointRpc,
+    keys: KeyRpc,
+    nodes: NodeRpc,
+    file_urls: FileUrlRpc,
+) -> Routes {
     let services = Routes::new(SandboxServiceServer::new(sandboxes))
         .add_service(CheckpointServiceServer::new(checkpoints))
         .add_service(KeyServiceServer::new(keys))
-        .add_service(NodeServiceServer::new(nodes));
+        .add_service(NodeServiceServer::new(nodes))
+        .add_service(FileUrlServiceServer::new(file_urls));
     let metrics = get(|| async { oc_mesh::telemetry::render_metrics() });
     services.into_axum_router().route("/metrics", metrics).into()
 }

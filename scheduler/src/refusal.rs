@@ -89,6 +89,7 @@ impl Refusal {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Invalid(Invalid::Size(_)) => Reason::InvalidSize,
+            Self::Invalid(Invalid::Path) => Reason::InvalidPath,
             Self::Invalid(_) => Reason::InvalidArgument,
             Self::SandboxNotFound => Reason::SandboxNotFound,
             Self::CheckpointNotFound => Reason::CheckpointNotFound,

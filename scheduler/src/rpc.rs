@@ -7,6 +7,7 @@ use tonic::Request;
 use crate::refusal::Refusal;
 
 pub mod checkpoints;
+pub mod file_urls;
 pub mod keys;
 pub mod nodes;
 pub mod present;

@@ -1,6 +1,6 @@
 //! What a request may say. Parsed once, here; what comes out is trusted behind.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use oc_proto::{mesh::VmSize, v1::CreateSandboxRequest};
 use thiserror::Error;
@@ -28,6 +28,14 @@ const MAX_TENANT: usize = 64;
 /// Longest description of a key, bytes.
 const MAX_DESCRIPTION: usize = 256;
 
+/// Where relative paths in a sandbox start.
+const HOME: &str = "/home/sandbox";
+/// `PATH_MAX` (limits.h) without its NUL.
+const MAX_PATH: usize = 4095;
+/// Seconds that a file's URL is good for where nothing is said.
+const DEFAULT_EXPIRES_IN: i32 = 3600;
+/// The longest that a file's URL is good for, seconds: a week.
+const MAX_EXPIRES_IN: i32 = 7 * 24 * 3600;
 /// Longest name of a checkpoint, bytes.
 const MAX_CHECKPOINT_NAME: usize = 128;
 /// Sandboxes that are made of one at once.
@@ -100,6 +108,12 @@ pub enum Invalid {
         /// As many as there may be.
         max: usize,
     },
+    /// No file in a sandbox can have that path.
+    #[error("path must be 1 to {MAX_PATH} bytes without NUL and '..' components")]
+    Path,
+    /// A URL would be good for too long, or never.
+    #[error("expiresIn must be 1 to {MAX_EXPIRES_IN} seconds, not {0}")]
+    ExpiresIn(i32),
     /// The page is too large, or negative.
     #[error("page_size must be 0 to 1000, not {0}")]
     PageSize(i32),
@@ -175,6 +189,35 @@ pub fn checkpoint_name(name: &str) -> Result<(), Invalid> {
         Ok(())
     } else {
         Err(Invalid::CheckpointName)
+    }
+}
+
+/// The absolute path in a sandbox that `path` names, without `.` and empty components.
+///
+/// # Errors
+///
+/// [`Invalid::Path`].
+pub fn path(path: &str) -> Result<String, Invalid> {
+    let names = path.split('/').filter(|name| !matches!(*name, "" | "."));
+    let is_legal = (1..=MAX_PATH).contains(&path.len()) && !path.contains('\0');
+    if !is_legal || names.clone().any(|name| name == "..") {
+        return Err(Invalid::Path);
+    }
+    let start = if path.starts_with('/') { String::new() } else { HOME.to_owned() };
+    let absolute = names.fold(start, |before, name| before + "/" + name);
+    Ok(if absolute.is_empty() { "/".to_owned() } else { absolute })
+}
+
+/// How long a file's URL is good for.
+///
+/// # Errors
+///
+/// [`Invalid::ExpiresIn`].
+pub fn expires_in(asked: Option<i32>) -> Result<Duration, Invalid> {
+    let seconds = asked.unwrap_or(DEFAULT_EXPIRES_IN);
+    match u64::try_from(seconds) {
+        Ok(good) if (1..=MAX_EXPIRES_IN).contains(&seconds) => Ok(Duration::from_secs(good)),
+        _ => Err(Invalid::ExpiresIn(seconds)),
     }
 }
 
@@ -318,6 +361,32 @@ mod tests {
         }
         for name in ["", "a\nb", "\0", "\u{9b}", &"n".repeat(129)] {
             assert_eq!(checkpoint_name(name), Err(Invalid::CheckpointName), "{name}");
+        }
+    }
+
+    #[test]
+    fn paths_are_made_absolute_and_stay_in_the_sandbox() {
+        for (given, expected) in [
+            ("/a/b", "/a/b"),
+            ("a", "/home/sandbox/a"),
+            ("./a//b/.", "/home/sandbox/a/b"),
+            ("//x/", "/x"),
+            ("/", "/"),
+            ("/a\nb ä", "/a\nb ä"),
+        ] {
+            assert_eq!(path(given).as_deref(), Ok(expected), "{given}");
+        }
+        for given in ["", "..", "/a/../b", "a\0b", &"a".repeat(MAX_PATH + 1)] {
+            assert_eq!(path(given), Err(Invalid::Path), "{given:?}");
+        }
+    }
+
+    #[test]
+    fn urls_are_good_for_a_week_at_most() {
+        assert_eq!(expires_in(None), Ok(Duration::from_secs(3600)));
+        assert_eq!(expires_in(Some(604_800)), Ok(Duration::from_secs(604_800)));
+        for bad in [0, -1, 604_801] {
+            assert_eq!(expires_in(Some(bad)), Err(Invalid::ExpiresIn(bad)));
         }
     }
 

@@ -35,8 +35,8 @@ use crate::{
     workshop::Workshop,
 };
 
-/// Calls that are answered at once: many sandboxes with several streams each.
-const MAX_CALLS: usize = 4096;
+/// Calls that are answered at once: many sandboxes with hundreds of streams each, nearly all of them idle.
+const MAX_CALLS: usize = 16_384;
 /// A command without a timeout may take as long as a sandbox may be idle at most.
 const MAX_DEADLINE: Duration = Duration::from_secs(31 * 24 * 3600);
 /// How long starts and deletions may take when the agent ends.
@@ -96,7 +96,7 @@ pub async fn run(
     let (tasks, calls_done) = (TaskTracker::new(), CancellationToken::new());
     let bound = Serve {
         listen: config.listen.clone(),
-        routes: routes(&host, backend.accelerator()),
+        routes: routes(&host, backend.accelerator(), &shutdown),
         max_concurrent: MAX_CALLS,
         max_deadline: MAX_DEADLINE,
         shutdown: shutdown.clone(),
@@ -128,12 +128,12 @@ pub async fn run(
     Ok(served?)
 }
 
-fn routes(host: &Host, accelerator: &str) -> Routes {
+fn routes(host: &Host, accelerator: &str, draining: &CancellationToken) -> Routes {
     let services = Routes::new(AgentServiceServer::new(AgentRpc::new(host.clone(), accelerator.to_owned())))
-        .add_service(ExecPlane::new(host.clone()))
-        .add_service(FilePlane::new(host.clone()))
-        .add_service(PortPlane::new(host.clone()))
-        .add_service(AgentSessionPlane::new(host.clone()));
+        .add_service(ExecPlane::new(host.clone(), draining.clone()))
+        .add_service(FilePlane::new(host.clone(), draining.clone()))
+        .add_service(PortPlane::new(host.clone(), draining.clone()))
+        .add_service(AgentSessionPlane::new(host.clone(), draining.clone()));
     let metrics = get(|| async { oc_mesh::telemetry::render_metrics() });
     services.into_axum_router().route("/metrics", metrics).into()
 }

@@ -2,7 +2,8 @@
 //!
 //! The caller names the sandbox in the metadata `oc-sandbox-id`; frames go to its guest and back as they are. A
 //! call counts as use of the sandbox from its first byte to its last.
-//! If the VM is lost meanwhile, the call ends with that reason instead of a broken stream.
+//! If the VM is lost meanwhile, the call ends with that reason instead of a broken stream. Streams that do not end by
+//! themselves end when the agent goes down: their callers attach again to the one that comes after it.
 
 use std::{
     convert::Infallible,
@@ -19,6 +20,7 @@ use http::{HeaderMap, Request, Response};
 use http_body::{Frame, SizeHint};
 use oc_mesh::{
     caller::SANDBOX_ID_HEADER,
+    endless,
     error::{Reason, status},
     relay::relay,
 };
@@ -27,6 +29,7 @@ use oc_proto::v1::{
     file_service_server::FileServiceServer, port_service_server::PortServiceServer,
 };
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower::Service;
 
@@ -54,19 +57,20 @@ pub type AgentSessionPlane = DataPlane<AgentSessionServiceServer<()>>;
 /// Passes the calls of the service `S` through to the guests.
 pub struct DataPlane<S> {
     host: Host,
+    draining: CancellationToken,
     service: PhantomData<fn() -> S>,
 }
 
 impl<S> DataPlane<S> {
-    /// Passes calls to the sandboxes of `host`.
-    pub fn new(host: Host) -> Self {
-        Self { host, service: PhantomData }
+    /// Passes calls to the sandboxes of `host`; endless ones until it is `draining`.
+    pub fn new(host: Host, draining: CancellationToken) -> Self {
+        Self { host, draining, service: PhantomData }
     }
 }
 
 impl<S> Clone for DataPlane<S> {
     fn clone(&self) -> Self {
-        Self::new(self.host.clone())
+        Self::new(self.host.clone(), self.draining.clone())
     }
 }
 
@@ -90,8 +94,16 @@ impl<S> Service<Request<Body>> for DataPlane<S> {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let host = self.host.clone();
-        Box::pin(async move { Ok(pass(&host, request).await.unwrap_or_else(Status::into_http)) })
+        let Self { host, draining, .. } = self.clone();
+        let is_endless = endless::is_endless(request.uri().path());
+        Box::pin(async move {
+            let response = pass(&host, request).await.unwrap_or_else(Status::into_http);
+            if !is_endless {
+                return Ok(response);
+            }
+            let stopping = status(Reason::HostUnavailable, "the host's agent is stopping, try again");
+            Ok(endless::until(response, draining, stopping))
+        })
     }
 }
 

@@ -4,7 +4,11 @@
 
 mod world;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use clap::Parser as _;
 use oc_mesh::{channel::Channels, error::reason_of, keys, record, store};
@@ -13,7 +17,10 @@ use oc_proto::{
         CreateVmRequest, DeleteVmRequest, HostRecord, ListVmsRequest, StartPath, VmSize, VmState,
         agent_service_client::AgentServiceClient,
     },
-    v1::{RunRequest, exec_service_client::ExecServiceClient},
+    v1::{
+        RunRequest, WatchDirectoryRequest, exec_service_client::ExecServiceClient,
+        file_service_client::FileServiceClient,
+    },
 };
 use oc_vmm_agent::{
     app::{self, AppError},
@@ -149,6 +156,29 @@ async fn a_stopped_agent_leaves_the_mesh_and_its_sandboxes_run_on() {
     let created = agent.client().create_vm(create("sb-1", 1)).await.unwrap().into_inner();
     assert_eq!(created.start_path(), StartPath::Warm, "as the first time");
     agent.stop().await;
+}
+
+#[tokio::test]
+async fn attached_streams_do_not_hold_up_an_agent_that_stops() {
+    let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
+    let agent = Running::start(&world, dir.path()).await;
+    agent.client().create_vm(create("sb-1", 1)).await.unwrap();
+    // More than a connection has room for by default.
+    let files = FileServiceClient::new(Channels::new().get(&agent.endpoint).unwrap());
+    let mut watches = Vec::new();
+    for _ in 0..300 {
+        let mut request = Request::new(WatchDirectoryRequest::default());
+        request.metadata_mut().insert("oc-sandbox-id", "sb-1".parse().unwrap());
+        let mut events = files.clone().watch_directory(request).await.unwrap().into_inner();
+        assert!(events.message().await.unwrap().is_some());
+        watches.push(events);
+    }
+    let stopping = Instant::now();
+    agent.stop().await;
+    assert!(stopping.elapsed() < Duration::from_secs(5), "{:?}", stopping.elapsed());
+    for mut events in watches {
+        assert_eq!(reason_of(&events.message().await.unwrap_err()).unwrap(), "HOST_UNAVAILABLE");
+    }
 }
 
 #[tokio::test]

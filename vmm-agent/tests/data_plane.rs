@@ -7,13 +7,17 @@ mod world;
 use std::{sync::atomic::Ordering, time::SystemTime};
 
 use oc_mesh::error::reason_of;
-use oc_proto::v1::{RunRequest, RunResponse, exec_service_client::ExecServiceClient};
+use oc_proto::v1::{
+    RunRequest, RunResponse, WatchDirectoryRequest, WatchDirectoryResponse,
+    exec_service_client::ExecServiceClient, file_service_client::FileServiceClient,
+};
 use oc_vmm_agent::{
-    data_plane::ExecPlane,
+    data_plane::{ExecPlane, FilePlane},
     host::Host,
     vm::{decide::Denied, handle::VmError},
 };
-use tonic::{Request, Status};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Status, Streaming};
 use world::{Agent, World, eventually, id, order, owner};
 
 async fn run(host: &Host, sandbox: Option<&str>, cmd: &str) -> Result<RunResponse, Status> {
@@ -21,7 +25,8 @@ async fn run(host: &Host, sandbox: Option<&str>, cmd: &str) -> Result<RunRespons
     if let Some(sandbox) = sandbox {
         request.metadata_mut().insert("oc-sandbox-id", sandbox.parse().unwrap());
     }
-    ExecServiceClient::new(ExecPlane::new(host.clone())).run(request).await.map(tonic::Response::into_inner)
+    let plane = ExecPlane::new(host.clone(), CancellationToken::new());
+    ExecServiceClient::new(plane).run(request).await.map(tonic::Response::into_inner)
 }
 
 async fn reason(host: &Host, sandbox: Option<&str>, cmd: &str) -> String {
@@ -107,4 +112,38 @@ async fn a_delete_ends_the_calls_of_its_sandbox() {
     eventually("the call runs", || vm.last_used(long_ago) == long_ago).await;
     agent.host.delete(&id("sb-1"), owner("sb-1", 1).epoch, None).await.unwrap();
     assert_eq!(call.await.unwrap(), "SANDBOX_DELETED");
+}
+
+/// A stream that does not end by itself, and has begun.
+async fn watch(plane: FilePlane) -> Streaming<WatchDirectoryResponse> {
+    let mut request = Request::new(WatchDirectoryRequest::default());
+    request.metadata_mut().insert("oc-sandbox-id", "sb-1".parse().unwrap());
+    let mut events = FileServiceClient::new(plane).watch_directory(request).await.unwrap().into_inner();
+    assert!(events.message().await.unwrap().is_some());
+    events
+}
+
+#[tokio::test]
+async fn an_endless_stream_is_a_use_of_its_sandbox_and_ends_with_the_agent() {
+    let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
+    let agent = Agent::start(&world, dir.path(), 0).await;
+    agent.host.create(owner("sb-1", 1), order()).await.unwrap();
+    let draining = CancellationToken::new();
+    let mut events = watch(FilePlane::new(agent.host.clone(), draining.clone())).await;
+    let vm = agent.host.find(&id("sb-1")).unwrap();
+    let long_ago = SystemTime::UNIX_EPOCH;
+    assert_eq!(vm.last_used(long_ago), long_ago);
+    draining.cancel();
+    assert_eq!(reason_of(&events.message().await.unwrap_err()).unwrap(), "HOST_UNAVAILABLE");
+    assert_ne!(vm.last_used(long_ago), long_ago, "it is over");
+}
+
+#[tokio::test]
+async fn an_endless_stream_ends_with_its_sandbox() {
+    let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
+    let agent = Agent::start(&world, dir.path(), 0).await;
+    agent.host.create(owner("sb-1", 1), order()).await.unwrap();
+    let mut events = watch(FilePlane::new(agent.host.clone(), CancellationToken::new())).await;
+    agent.host.delete(&id("sb-1"), owner("sb-1", 1).epoch, None).await.unwrap();
+    assert_eq!(reason_of(&events.message().await.unwrap_err()).unwrap(), "SANDBOX_DELETED");
 }

@@ -249,9 +249,12 @@ impl Foreground<'_> {
             let way_back = &self.way_back;
             output::note(format_args!("oc: the session may go on: `{way_back} --offset {offset}`"));
         }
-        if matches!(failure, Failure::OutputClosed) {
+        match failure {
             // As a program that runs here and whose reader is gone.
-            self.pass_on(SIGPIPE).await;
+            Failure::OutputClosed => self.pass_on(SIGPIPE).await,
+            // Nobody is left to see to it.
+            Failure::Local { .. } => self.pass_on(SIGHUP).await,
+            _ => {}
         }
         failure
     }

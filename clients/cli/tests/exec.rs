@@ -257,6 +257,11 @@ fn what_ends_us_ends_the_command() {
     shell.mesh.session("s2", |session| session.write(ExecStream::Stdout, b"x"));
     assert_eq!(child.wait().unwrap().code(), Some(141));
     shell.mesh.session("s2", |session| assert_eq!(session.signals, [13]));
+    // Input that cannot be read, too.
+    let directory = std::fs::File::open("/").unwrap();
+    let status = shell.command("exec -i sb-1 -- waits").stdin(directory).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+    shell.mesh.session("s3", |session| assert_eq!(session.signals, [1]));
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod fake;
 use std::{
     ffi::OsStr,
     fs,
-    io::Write as _,
+    io::{BufRead as _, BufReader, Write as _},
     os::unix::{
         ffi::OsStrExt as _,
         fs::{PermissionsExt as _, symlink},
@@ -316,9 +316,10 @@ fn what_happens_in_a_directory_is_printed_until_it_is_gone() {
 fn ctrl_c_ends_a_watch() {
     let shell = Shell::new();
     let mut child = shell.command(["watch", "sb-1:/d"]).stdout(Stdio::piped()).spawn().unwrap();
+    // Open until it ends: more is printed than is read here.
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
-        .unwrap();
+    stdout.read_line(&mut line).unwrap();
     assert_eq!(line, "created   /d/new/\n");
     fake::shell::signal(&child, nix::sys::signal::Signal::SIGINT);
     assert_eq!(child.wait().unwrap().code(), Some(130));

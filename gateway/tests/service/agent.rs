@@ -3,7 +3,7 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, stream};
 use oc_mesh::{
     caller::Caller,
     error::{Reason, status},
@@ -176,6 +176,9 @@ impl ExecService for FakeAgent {
     }
 }
 
+/// Bytes of one message of an archive.
+pub const ARCHIVE_PART: usize = 512 << 10;
+
 type Reads = Pin<Box<dyn Stream<Item = Result<ReadFileResponse, Status>> + Send>>;
 
 fn part(data: Bytes) -> ReadFileResponse {
@@ -198,23 +201,18 @@ impl FileService for FakeAgent {
             let pieces = (0..sent.div_ceil(PIECE))
                 .map(move |index| Ok(part(Bytes::from(vec![index as u8; PIECE.min(sent - index * PIECE)]))));
             let first = ReadFileResponse { info: Some(info.clone()), body: None };
-            futures_util::stream::iter(std::iter::once(Ok(first)).chain(pieces))
+            stream::iter(std::iter::once(Ok(first)).chain(pieces))
         };
         Ok(Response::new(match kind {
             "zeros" => Box::pin(whole(size)),
             // Says another size than it sends, as kernel files do.
             "liar" => Box::pin(whole(3)),
             "hollow" => Box::pin(whole(0)),
-            "breaks" => {
-                Box::pin(whole(size / 2).chain(futures_util::stream::iter([Err(status(
-                    Reason::HostUnavailable,
-                    "the host died",
-                ))])))
-            }
+            "breaks" => Box::pin(
+                whole(size / 2).chain(stream::iter([Err(status(Reason::HostUnavailable, "the host died"))])),
+            ),
             "denied" => return Err(status(Reason::NotAFile, "a directory")),
-            "late" => {
-                Box::pin(futures_util::stream::iter([Err(status(Reason::FileNotFound, "no such file"))]))
-            }
+            "late" => Box::pin(stream::iter([Err(status(Reason::FileNotFound, "no such file"))])),
             _ => return Err(status(Reason::FileNotFound, "no such file")),
         }))
     }
@@ -328,28 +326,53 @@ impl FileService for FakeAgent {
         Ok(Response::new(RenameFileResponse {}))
     }
 
-    type WatchDirectoryStream = tokio_stream::Empty<Result<WatchDirectoryResponse, Status>>;
+    type WatchDirectoryStream = stream::Iter<std::vec::IntoIter<Result<WatchDirectoryResponse, Status>>>;
 
+    /// Says that it has begun, and ends.
     async fn watch_directory(
         &self,
-        _: Request<WatchDirectoryRequest>,
+        request: Request<WatchDirectoryRequest>,
     ) -> Result<Response<Self::WatchDirectoryStream>, Status> {
-        Err(Status::unimplemented("watch_directory"))
+        self.note("WatchDirectory", &request);
+        Ok(Response::new(stream::iter(vec![Ok(WatchDirectoryResponse::default())])))
     }
 
-    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+    type ReadArchiveStream = stream::Iter<std::vec::IntoIter<Result<ReadArchiveResponse, Status>>>;
 
+    /// Three messages, and then what the path asks for.
     async fn read_archive(
         &self,
-        _: Request<ReadArchiveRequest>,
+        request: Request<ReadArchiveRequest>,
     ) -> Result<Response<Self::ReadArchiveStream>, Status> {
-        Err(Status::unimplemented("read_archive"))
+        self.note("ReadArchive", &request);
+        let part = |byte| {
+            let body = HttpBody { data: Bytes::from(vec![byte; ARCHIVE_PART]), ..Default::default() };
+            Ok(ReadArchiveResponse { body: Some(body) })
+        };
+        let mut parts = vec![part(0), part(1), part(2)];
+        match request.get_ref().path.as_str() {
+            "/nothing" => return Err(status(Reason::FileNotFound, "no such directory")),
+            "/breaks" => parts.push(Err(status(Reason::Internal, "the disk failed"))),
+            _ => {}
+        }
+        Ok(Response::new(stream::iter(parts)))
     }
 
+    /// Counts messages as entries.
     async fn write_archive(
         &self,
-        _: Request<Streaming<WriteArchiveRequest>>,
+        request: Request<Streaming<WriteArchiveRequest>>,
     ) -> Result<Response<WriteArchiveResponse>, Status> {
-        Err(Status::unimplemented("write_archive"))
+        self.note("WriteArchive", &request);
+        let mut stream = request.into_inner();
+        let mut done = WriteArchiveResponse::default();
+        while let Some(message) = stream.message().await? {
+            if message.path == "/hostile" {
+                return Err(status(Reason::InvalidPath, "it leads out"));
+            }
+            done.entries += 1;
+            done.bytes += message.body.map_or(0, |body| body.data.len() as i64);
+        }
+        Ok(Response::new(done))
     }
 }

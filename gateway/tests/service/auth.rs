@@ -50,6 +50,10 @@ async fn every_route_refuses_every_wrong_credential_and_takes_every_right_one() 
     let mesh = Mesh::start().await;
     for RouteInfo { method, template, rpc } in Routes::new(&Surface::load().unwrap()).unwrap().all().to_vec()
     {
+        // They take no credential: see file_urls.rs.
+        if template.ends_with("/files/download") || template.ends_with("/files/upload") {
+            continue;
+        }
         let path = template
             .replace("{sandbox_id}", SANDBOX)
             .replace("{key_id}", "0123456789abcdef")

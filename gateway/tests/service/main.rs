@@ -15,6 +15,7 @@ mod websocket;
 mod auth;
 mod broken;
 mod exec_rest;
+mod file_urls;
 mod grpc;
 mod limits;
 mod process;

@@ -15,6 +15,7 @@ use oc_gateway::{
 use oc_mesh::{
     api_key::ApiKey,
     clock::SystemClock,
+    file_url::FileUrlSigner,
     keys, record,
     store::{self, SharedStore, Txn, TxnOutcome},
     token::TokenSigner,
@@ -24,8 +25,9 @@ use oc_proto::{
     v1::{
         SandboxState, agent_session_service_server::AgentSessionServiceServer,
         checkpoint_service_server::CheckpointServiceServer, exec_service_server::ExecServiceServer,
-        file_service_server::FileServiceServer, key_service_server::KeyServiceServer,
-        node_service_server::NodeServiceServer, sandbox_service_server::SandboxServiceServer,
+        file_service_server::FileServiceServer, file_url_service_server::FileUrlServiceServer,
+        key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
+        sandbox_service_server::SandboxServiceServer,
     },
 };
 use tempfile::TempDir;
@@ -66,6 +68,7 @@ pub struct Mesh {
     /// A key of `theirs`.
     pub foreign_key: String,
     signer: TokenSigner,
+    pub urls: FileUrlSigner,
     pub stop: CancellationToken,
     pub tasks: JoinSet<()>,
     pub directory: TempDir,
@@ -98,7 +101,8 @@ impl Mesh {
         let routes = Routes::new(SandboxServiceServer::new(scheduler.clone()))
             .add_service(CheckpointServiceServer::new(scheduler.clone()))
             .add_service(KeyServiceServer::new(scheduler.clone()))
-            .add_service(NodeServiceServer::new(scheduler.clone()));
+            .add_service(NodeServiceServer::new(scheduler.clone()))
+            .add_service(FileUrlServiceServer::new(scheduler.clone()));
         serve(&mut tasks, &stop, &directory.path().join("scheduler.sock"), routes);
 
         let endpoint = |name: &str| format!("unix://{}", directory.path().join(name).display());
@@ -131,6 +135,7 @@ impl Mesh {
         let key = put_key(&store, "ours", false).await;
         let foreign_key = put_key(&store, "theirs", false).await;
         let signer = TokenSigner::ensure(&store).await.unwrap();
+        let urls = FileUrlSigner::ensure(&store).await.unwrap();
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -145,7 +150,20 @@ impl Mesh {
             .await
             .unwrap();
         tasks.spawn(listener::serve(listener, app, limits, stop.clone()));
-        Self { address, agent, scheduler, store, admin, key, foreign_key, signer, stop, tasks, directory }
+        Self {
+            address,
+            agent,
+            scheduler,
+            store,
+            admin,
+            key,
+            foreign_key,
+            signer,
+            urls,
+            stop,
+            tasks,
+            directory,
+        }
     }
 
     /// A token that is valid now.

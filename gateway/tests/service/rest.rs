@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use http::Method;
 use oc_gateway::{rest::route::Routes, surface::Surface};
+use oc_mesh::file_url::Access;
 use serde_json::json;
 
 use crate::mesh::{
@@ -17,7 +18,12 @@ async fn every_route_reaches_its_rpc() {
         let path = route.template.replace("{sandbox_id}", SANDBOX).replace("{key_id}", "0123456789abcdef");
         let path = path.replace("{checkpoint_id}", crate::checkpoints::CHECKPOINT);
         let headers = [("x-api-key", mesh.admin.as_str())];
-        let query = if path.ends_with("/files") { "?path=/zeros/3" } else { "?path=/x" };
+        let query = match path.rsplit_once('/').unwrap().1 {
+            "download" => format!("?{}", mesh.url_query(Access::Read, SANDBOX, "/zeros/3")),
+            "upload" => format!("?{}", mesh.url_query(Access::Write, SANDBOX, "/x")),
+            "files" => "?path=/zeros/3".to_owned(),
+            _ => "?path=/x".to_owned(),
+        };
         let answer = mesh.send(route.method.clone(), &format!("{path}{query}"), &headers, "").await;
         let name = route.rpc.method.name();
         assert_eq!(answer.status, route.rpc.success, "{name}: {:?}", answer.body);

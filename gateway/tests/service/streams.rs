@@ -10,7 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, body::Body};
 
 use crate::{
-    agent::Upload,
+    agent::{ARCHIVE_PART, Upload},
     client::{client, collect},
     mesh::{Mesh, SANDBOX},
 };
@@ -193,6 +193,33 @@ async fn a_slow_reader_gets_everything() {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     assert_eq!(read, 8 << 20);
+}
+
+#[tokio::test]
+async fn an_archive_goes_down_and_up() {
+    let mesh = Mesh::start().await;
+    let archive = |path: &str| format!("/api/sandboxes/{SANDBOX}/files/archive?path={path}");
+    for http2 in [false, true] {
+        let request =
+            |method, path: &str, body| mesh.request(method, path, &[("x-api-key", &mesh.key)], body);
+        let down = request(Method::GET, &archive("/d"), Body::empty());
+        let down = collect(client(http2).request(down).await.unwrap()).await;
+        assert_eq!(down.headers["content-type"], "application/octet-stream");
+        assert_eq!(down.body, [vec![0; ARCHIVE_PART], vec![1; ARCHIVE_PART], vec![2; ARCHIVE_PART]].concat());
+        let up = request(Method::PUT, &archive("/d"), Body::new(http_body_util::Full::new(down.body)));
+        let up = collect(client(http2).request(up).await.unwrap()).await;
+        assert_eq!((up.status.as_u16(), up.json()["bytes"].clone()), (200, (3 * ARCHIVE_PART).into()));
+
+        let broken = request(Method::GET, &archive("/breaks"), Body::empty());
+        let broken = client(http2).request(broken).await.unwrap();
+        assert!(broken.into_body().collect().await.is_err(), "http2: {http2}");
+        let hostile = Body::new(http_body_util::Full::new(Bytes::from(vec![1; 30 << 20])));
+        let hostile = request(Method::PUT, &archive("/hostile"), hostile);
+        let refused = collect(client(http2).request(hostile).await.unwrap()).await;
+        assert_eq!(refused.error(), (400, "INVALID_PATH".to_owned()));
+    }
+    let missing = mesh.call(Method::GET, &archive("/nothing"), "").await;
+    assert_eq!(missing.error(), (404, "FILE_NOT_FOUND".to_owned()));
 }
 
 #[tokio::test]

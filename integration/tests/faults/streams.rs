@@ -19,11 +19,11 @@ use crate::{chaos::Dice, killed::crash};
 const SANDBOXES: usize = 5;
 const SESSIONS: usize = 10;
 /// Each session's input, bytes at most.
-const MOST: u64 = 400_000;
+const MOST: u64 = 200_000;
 /// Lines that each session writes beside that, one every 50 ms.
-const LINES: usize = 200;
+const LINES: usize = 120;
 const SERVICES: [&str; 2] = ["gateway", "vmm-agent"];
-const KILLS_EVERY: Duration = Duration::from_millis(1500);
+const KILLS_EVERY: Duration = Duration::from_secs(3);
 
 pub async fn fifty_sessions_lose_no_byte_whatever_is_killed(_: Arc<()>) -> anyhow::Result<()> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();

@@ -1,21 +1,25 @@
 //! `oc.v1.FileService`: files of the guest, as root sees them.
 
+mod archive;
 mod info;
 mod path;
 mod read;
 mod tree;
+mod watch;
 mod write;
 
 use std::{path::PathBuf, sync::Arc};
 
 use oc_proto::v1::{
     ListDirectoryRequest, ListDirectoryResponse, MakeDirectoryRequest, MakeDirectoryResponse,
-    ReadArchiveRequest, ReadArchiveResponse, ReadFileRequest, RemoveFileRequest, RemoveFileResponse,
-    RenameFileRequest, RenameFileResponse, StatFileRequest, StatFileResponse, WatchDirectoryRequest,
-    WatchDirectoryResponse, WriteArchiveRequest, WriteArchiveResponse, WriteFileRequest, WriteFileResponse,
-    file_service_server::FileService,
+    ReadArchiveRequest, ReadFileRequest, RemoveFileRequest, RemoveFileResponse, RenameFileRequest,
+    RenameFileResponse, StatFileRequest, StatFileResponse, WatchDirectoryRequest, WriteArchiveRequest,
+    WriteArchiveResponse, WriteFileRequest, WriteFileResponse, file_service_server::FileService,
 };
-use tokio::{sync::Semaphore, task::spawn_blocking};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
+};
 use tonic::{Request, Response, Status, Streaming};
 
 use self::path::resolve;
@@ -27,18 +31,34 @@ use crate::{
 /// Who owns what is made, until the template has the user it should be.
 const FALLBACK: u32 = 1000;
 
-/// Files that are read at once. Each has a thread that waits for its caller, and all other calls need threads too.
-const MAX_READS: usize = 32;
+/// Files that are read, and archives either way, at once. Each has a thread that waits for its caller, and all other calls
+/// need threads too.
+const MAX_THREADS: usize = 32;
+/// Calls that watch directories at once: half of the kernel's instances of a user (inotify(7), `max_user_instances`).
+const MAX_WATCHES: usize = 64;
 
 /// Reads and writes files.
 #[derive(Clone, Debug)]
 pub struct Files {
-    reads: Arc<Semaphore>,
+    threads: Arc<Semaphore>,
+    watches: Arc<Semaphore>,
 }
 
 impl Default for Files {
     fn default() -> Self {
-        Self { reads: Arc::new(Semaphore::new(MAX_READS)) }
+        Self {
+            threads: Arc::new(Semaphore::new(MAX_THREADS)),
+            watches: Arc::new(Semaphore::new(MAX_WATCHES)),
+        }
+    }
+}
+
+impl Files {
+    /// A thread for a call that waits for its caller.
+    fn thread(&self) -> Result<OwnedSemaphorePermit, Status> {
+        Arc::clone(&self.threads).try_acquire_owned().map_err(|_| {
+            Refusal::Overloaded.status(format!("{MAX_THREADS} files or archives are on their way already"))
+        })
     }
 }
 
@@ -75,9 +95,7 @@ impl FileService for Files {
         let request = request.into_inner();
         let path = resolve(&request.path)?;
         let (offset, limit) = read::range(request.offset, request.limit)?;
-        let Ok(room) = Arc::clone(&self.reads).try_acquire_owned() else {
-            return Err(Refusal::Overloaded.status(format!("{MAX_READS} files are being read already")));
-        };
+        let room = self.thread()?;
         let file = blocking(move || read::open(&path, offset, limit)).await?;
         Ok(Response::new(file.stream(room)))
     }
@@ -153,28 +171,43 @@ impl FileService for Files {
         Ok(Response::new(RenameFileResponse {}))
     }
 
-    type WatchDirectoryStream = tokio_stream::Empty<Result<WatchDirectoryResponse, Status>>;
+    type WatchDirectoryStream = watch::Stream;
 
     async fn watch_directory(
         &self,
-        _: Request<WatchDirectoryRequest>,
+        request: Request<WatchDirectoryRequest>,
     ) -> Result<Response<Self::WatchDirectoryStream>, Status> {
-        Err(Status::unimplemented("watch_directory"))
+        let request = request.into_inner();
+        let path = resolve(&request.path)?;
+        let Ok(room) = Arc::clone(&self.watches).try_acquire_owned() else {
+            let text = format!("{MAX_WATCHES} calls watch directories already");
+            return Err(Refusal::TooManyWatches.status(text));
+        };
+        Ok(Response::new(watch::watch(path, request.recursive, room).await?))
     }
 
-    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+    type ReadArchiveStream = archive::Stream;
 
     async fn read_archive(
         &self,
-        _: Request<ReadArchiveRequest>,
+        request: Request<ReadArchiveRequest>,
     ) -> Result<Response<Self::ReadArchiveStream>, Status> {
-        Err(Status::unimplemented("read_archive"))
+        let path = resolve(&request.into_inner().path)?;
+        let room = self.thread()?;
+        Ok(Response::new(archive::read(path, room).await?))
     }
 
     async fn write_archive(
         &self,
-        _: Request<Streaming<WriteArchiveRequest>>,
+        request: Request<Streaming<WriteArchiveRequest>>,
     ) -> Result<Response<WriteArchiveResponse>, Status> {
-        Err(Status::unimplemented("write_archive"))
+        let mut parts = request.into_inner();
+        let Some(first) = parts.message().await? else {
+            return Err(Refusal::InvalidArgument.status("the stream has no message"));
+        };
+        let path = resolve(&first.path)?;
+        let data = first.body.map(|body| body.data).unwrap_or_default();
+        let room = self.thread()?;
+        Ok(Response::new(archive::write(path, data, parts, room).await?))
     }
 }

@@ -5,6 +5,7 @@
 //!                                                                                ├ exec    commands, terminals
 //!                                                                                ├ agents
 //!                                                                                ├ files
+//!                                                                                ├ ports
 //!                                                                                └ guest   activate, quiesce
 //! ```
 //!
@@ -23,6 +24,7 @@ pub mod freeze;
 mod host_keys;
 pub mod identity;
 pub mod port;
+pub mod ports;
 pub mod refusal;
 pub mod serve;
 pub mod users;

@@ -13,7 +13,7 @@ use oc_proto::{
     mesh::guest_service_server::GuestServiceServer,
     v1::{
         agent_session_service_server::AgentSessionServiceServer, exec_service_server::ExecServiceServer,
-        file_service_server::FileServiceServer,
+        file_service_server::FileServiceServer, port_service_server::PortServiceServer,
     },
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -27,6 +27,7 @@ use crate::{
     files::Files,
     freeze::Layer,
     identity::{Guest, Identity},
+    ports::Ports,
 };
 
 /// What the host may send on a stream before we read on.
@@ -57,6 +58,7 @@ where
         AgentSessionServiceServer::new(Agents::new(sessions.clone())).max_decoding_message_size(MAX_MESSAGE);
     let exec = ExecServiceServer::new(Exec::new(sessions)).max_decoding_message_size(MAX_MESSAGE);
     let files = FileServiceServer::new(Files::default()).max_decoding_message_size(MAX_MESSAGE);
+    let ports = PortServiceServer::new(Ports::default()).max_decoding_message_size(MAX_MESSAGE);
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let mut port = GuestPort::new(port);
     let sessions =
@@ -66,12 +68,15 @@ where
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_concurrent_streams(MAX_CALLS)
+        // As many as there may be can be given up before a slow guest has looked at them.
+        .http2_max_pending_accept_reset_streams(Some(MAX_CALLS as usize))
         .layer(MapRequestLayer::new(broken_off_is_an_error))
         .add_service(health)
         .add_service(guest)
         .add_service(exec)
         .add_service(agents)
         .add_service(files)
+        .add_service(ports)
         .serve_with_incoming(sessions)
         .await?;
     Err("the port has ended".into())

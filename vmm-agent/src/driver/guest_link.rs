@@ -36,6 +36,10 @@ const MAX_FRAME: u32 = 512 << 10;
 const SEND_BUFFER: usize = 1 << 20;
 /// Bytes that are read at once of what nobody wants to know.
 const DRAINED: usize = 64 << 10;
+/// Calls that were given up and may still be answered: a guest takes a while to notice. Each answer to one that is not known
+/// any more brings the connection nearer to its end (h2's `local_max_error_reset_streams`).
+const GIVEN_UP: usize = 1024;
+const NOTICES_WITHIN: Duration = Duration::from_secs(10);
 /// Headers and trailers of one answer, bytes: nothing of a guest is worth more.
 const MAX_HEADERS: u32 = 16 << 10;
 
@@ -149,6 +153,8 @@ async fn connect(home: &Home) -> io::Result<Connected> {
         .max_frame_size(MAX_FRAME)
         .max_send_buf_size(SEND_BUFFER)
         .max_header_list_size(MAX_HEADERS)
+        .max_concurrent_reset_streams(GIVEN_UP)
+        .reset_stream_duration(NOTICES_WITHIN)
         .handshake(TokioIo::new(link))
         .await
         .map_err(io::Error::other)?;

@@ -27,8 +27,9 @@ pub enum Closed {
     Hibernated,
 }
 
-/// Calls of one sandbox at once. Each may hold a window of bytes on every hop, and all sandboxes share the host's room.
-pub const MAX_CALLS: usize = 256;
+/// Calls of one sandbox at once, attached streams too. Each may hold a window of bytes on every hop, and all sandboxes share
+/// the host's room.
+pub const MAX_CALLS: usize = 512;
 
 /// Why no call begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

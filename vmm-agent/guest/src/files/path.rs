@@ -10,6 +10,13 @@ use crate::refusal::Refusal;
 const HOME: &str = "/home/sandbox";
 /// `PATH_MAX` (limits.h) without its NUL.
 const MAX_PATH: usize = 4095;
+/// Where the kernel speaks of itself: what is there is no file.
+const KERNELS: [&str; 2] = ["/proc", "/sys"];
+
+/// Whether `directory` holds the kernel's own, which is neither watched nor packed.
+pub fn is_kernels(directory: &Path) -> bool {
+    KERNELS.iter().any(|kernels| Path::new(kernels) == directory)
+}
 
 /// An absolute path without `.`, `..` and empty components.
 ///

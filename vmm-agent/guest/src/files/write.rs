@@ -114,7 +114,7 @@ fn follow(path: &Path) -> Result<(PathBuf, Option<Metadata>), Status> {
 }
 
 /// A name that nobody else uses: a number that counts, and the time, for what an earlier boot may have left.
-fn temporary_name() -> String {
+pub(super) fn temporary_name() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
     format!(".oc-{now:x}-{:x}", NEXT.fetch_add(1, Ordering::Relaxed))
