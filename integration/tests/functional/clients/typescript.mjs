@@ -12,8 +12,8 @@ import { ExecTimeoutError, Sandbox, ShellBusyError, ShellClosedError } from "@op
 
 const { OPENCOMPUTER_API_URL: URL_OF_MESH, OPENCOMPUTER_API_KEY: KEY } = process.env;
 // Milliseconds; guests are emulated and the machine is busy.
-const PATIENCE = 30_000;
-const CHECK_PATIENCE = 60_000;
+const PATIENCE = 120_000;
+const CHECK_PATIENCE = 400_000;
 
 // Answers an agent in the sandbox what its prompts say.
 const MESSAGES_API = new URL("../../../src/messages_api.py", import.meta.url);
@@ -261,7 +261,7 @@ const CHECKS = {
     await assert.rejects(sandbox.exec.kill("none"), /: 404/);
     // It is refused before there is a WebSocket.
     await assert.rejects(sandbox.exec.attach("none"), /WebSocket (connection failed|closed before opening)/);
-    await assert.rejects(sandbox.exec.start("no-such-command-anywhere"), /: 404/);
+    await assert.rejects(sandbox.exec.start("no-such-command-anywhere"), /: 400/);
   },
 
   async a_session_ends_by_itself_as_it_was_told(sandbox) {
@@ -378,7 +378,8 @@ const CHECKS = {
       equal((await fetch(changed)).status, 403, name);
     }
     const brief = await sandbox.downloadUrl("/home/sandbox/signed/ü file", { expiresIn: 1 });
-    await sleep(2100);
+    // Clocks may differ by five seconds.
+    await sleep(7100);
     equal((await fetch(brief)).status, 403);
   },
 
