@@ -135,7 +135,7 @@ fn collect() {
     }
 }
 
-/// Collects what ends in a process of tests, which has no first process that would.
+/// Collects the commands that end in a process of tests, and leaves what tests start by other means to them.
 #[cfg(test)]
 pub fn reap_in_tests() {
     static REAPED: std::sync::Once = std::sync::Once::new();
@@ -143,9 +143,27 @@ pub fn reap_in_tests() {
         std::thread::spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                reap_forever().unwrap();
-                std::future::pending::<()>().await;
+                let mut ended = signal(SignalKind::child()).unwrap();
+                loop {
+                    let ids: Vec<i32> = running().iter().flatten().map(|(id, _)| *id).collect();
+                    for id in ids {
+                        collect_one(Pid::from_raw(id));
+                    }
+                    ended.recv().await;
+                }
             });
         });
     });
+}
+
+#[cfg(test)]
+fn collect_one(id: Pid) {
+    let code = match waitpid(id, Some(WaitPidFlag::WNOHANG)) {
+        Ok(WaitStatus::Exited(_, code)) => code,
+        Ok(WaitStatus::Signaled(_, signal, _)) => SIGNALLED + signal as i32,
+        _ => return,
+    };
+    if let Some(waiting) = running().as_mut().and_then(|running| running.remove(&id.as_raw())) {
+        let _ = waiting.send(code);
+    }
 }
