@@ -19,7 +19,7 @@ use crate::children::Process;
 /// nothing comes.
 const LINGER: Duration = Duration::from_millis(200);
 /// What is read at once, bytes: at first, and from a program that writes a lot.
-const READ: (usize, usize) = (4 << 10, 256 << 10);
+const READ: (usize, usize) = (4 << 10, 128 << 10);
 /// Reads that are smaller are copied, so that they do not hold on to a large buffer.
 const COPIED: usize = 4 << 10;
 /// What is read after the leader has ended, bytes: more than a pipe holds (pipe(7)), and an end to what others write.
