@@ -159,8 +159,10 @@ impl Sessions {
     ///
     /// `SESSION_NOT_FOUND`.
     pub fn find(&self, id: &str) -> Result<Arc<Session>, Status> {
-        let found = self.list(None).into_iter().find(|session| session.facts().id == id);
-        found.ok_or_else(|| {
+        let mut table = self.lock();
+        table.forget(Instant::now());
+        let found = table.sessions.iter().find(|session| session.facts().id == id);
+        found.cloned().ok_or_else(|| {
             let shown: String = id.chars().take(40).collect();
             Refusal::SessionNotFound.status(format!("there is no session {shown:?}"))
         })
