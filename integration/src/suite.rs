@@ -84,10 +84,14 @@ impl<T: Send + Sync + 'static> Suite<T> {
             let (runtime, shared) = (Arc::clone(&runtime), Arc::clone(&shared));
             Trial::test(name, move || {
                 let done = catch_unwind(AssertUnwindSafe(|| runtime.block_on(body(shared))));
-                match done {
-                    Ok(done) => done.map_err(|error| Failed::from(format!("{error:#}"))),
-                    Err(panic) => Err(Failed::from(said(panic.as_ref()))),
-                }
+                let failure = match done {
+                    Ok(Ok(())) => return Ok(()),
+                    Ok(Err(error)) => format!("{error:#}"),
+                    Err(panic) => said(panic.as_ref()),
+                };
+                // At once as well: a run that is cut off, or whose report is, has told it then.
+                eprintln!("{name}: {failure}");
+                Err(Failed::from(failure))
             })
         });
         let conclusion = libtest_mimic::run(&arguments, trials.collect());

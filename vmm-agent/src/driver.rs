@@ -54,6 +54,7 @@ use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 use oc_mesh::clock::SystemClock;
 use sha2::{Digest as _, Sha256};
 use tokio::{sync::watch, task::spawn_blocking};
+use tracing::info;
 
 use self::{
     cgroup::Cgroups,
@@ -203,12 +204,16 @@ impl Backend for Driver {
             Scion::Snapshot(_) => return false,
             Scion::Stored(vm) => Place::stored(&parts.home(vm)),
         };
-        let is_like = place.read().and_then(|manifest| match manifest {
-            Some(manifest) => graft::is_like(&place, &manifest, &golden.memory()),
-            None => Ok(false),
+        let why_not = place.read().and_then(|manifest| match manifest {
+            Some(manifest) => graft::why_not(&place, &manifest, &golden.memory()),
+            None => Ok(Some("it is not here".into())),
         });
         // What is wrong with it is told to whoever restores it.
-        is_like.unwrap_or(false)
+        let why_not = why_not.unwrap_or_else(|error| Some(error.to_string()));
+        if let Some(reason) = &why_not {
+            info!(?scion, reason, "goes on in a VMM of its own");
+        }
+        why_not.is_none()
     }
 
     fn snapshots(&self) -> Vec<Captured> {

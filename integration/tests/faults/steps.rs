@@ -157,7 +157,7 @@ fn id_of(taken: &Value) -> anyhow::Result<String> {
 }
 
 /// Takes a checkpoint at each step.
-async fn checkpoints(mut bed: Bed) -> anyhow::Result<()> {
+async fn checkpoints(bed: &mut Bed) -> anyhow::Result<()> {
     let rest = bed.rest();
     // Of checkpoints by name: the state, of which sandbox, and how it was taken.
     let mut unheard: BTreeMap<String, (u32, Subject, (Point, Fault))> = BTreeMap::new();
@@ -187,11 +187,11 @@ async fn checkpoints(mut bed: Bed) -> anyhow::Result<()> {
         }
         row("checkpoint", step.0, step.1.name(), if taken.is_some() { "after" } else { "before" });
     }
-    bed.end().await
+    Ok(())
 }
 
 /// Puts a sandbox to sleep, and wakes it, at each step. `hibernate` and `wake` are the steps.
-async fn sleeps(mut bed: Bed, hibernate: &'static Table, wake: &'static Table) -> anyhow::Result<()> {
+async fn sleeps(bed: &mut Bed, hibernate: &'static Table, wake: &'static Table) -> anyhow::Result<()> {
     let rest = bed.rest();
     for step in each(hibernate) {
         let (subject, mark) = bed.begin().await?;
@@ -219,11 +219,11 @@ async fn sleeps(mut bed: Bed, hibernate: &'static Table, wake: &'static Table) -
         ensure!(is_fine, "{step:?}: {found:?}");
         row("wake", step.0, step.1.name(), &bed.told(found, &before));
     }
-    bed.end().await
+    Ok(())
 }
 
 /// Forks a sandbox at each step.
-async fn forks(mut bed: Bed, table: &'static Table) -> anyhow::Result<()> {
+async fn forks(bed: &mut Bed, table: &'static Table) -> anyhow::Result<()> {
     let rest = bed.rest();
     for step in each(table) {
         let (subject, mark) = bed.begin().await?;
@@ -241,11 +241,11 @@ async fn forks(mut bed: Bed, table: &'static Table) -> anyhow::Result<()> {
         }
         row("fork", step.0, step.1.name(), outcome);
     }
-    bed.end().await
+    Ok(())
 }
 
 /// Goes back to a checkpoint, and deletes one, at each step.
-async fn goes_back(mut bed: Bed) -> anyhow::Result<()> {
+async fn goes_back(bed: &mut Bed) -> anyhow::Result<()> {
     let rest = bed.rest();
     let mut base: Option<(String, String, u32)> = None;
     for step in each(RESTORE) {
@@ -293,7 +293,7 @@ async fn goes_back(mut bed: Bed) -> anyhow::Result<()> {
         }
         row("delete", step.0, step.1.name(), if status == 404 { "after" } else { "before" });
     }
-    bed.end().await
+    Ok(())
 }
 
 pub async fn a_sandbox_is_as_before_or_as_after_at_every_step(_: Arc<()>) -> anyhow::Result<()> {
@@ -302,14 +302,15 @@ pub async fn a_sandbox_is_as_before_or_as_after_at_every_step(_: Arc<()>) -> any
     let all: BTreeSet<Point> = agent::ALL.iter().chain(scheduler::ALL).copied().collect();
     assert_eq!(tried, all, "every step is in a table");
     // Side by side: most of the time is spent waiting for services that were killed.
+    let at_once = ["--paused-for", "0"];
     tokio::try_join!(
-        checkpoints(Bed::start(0, &[])?),
-        sleeps(Bed::start(0, &["--paused-for", "0"])?, STORE, WAKE),
-        sleeps(Bed::start(1, &["--paused-for", "0"])?, &[], WAKE_GRAFTED),
-        sleeps(Bed::start(0, &["--paused-for", "1"])?, PAUSE, WAKE_PAUSED),
-        forks(Bed::start(0, &[])?, FORK),
-        forks(Bed::start(1, &[])?, GRAFT),
-        goes_back(Bed::start(0, &[])?),
+        Bed::with(0, &[], async |bed| checkpoints(bed).await),
+        Bed::with(0, &at_once, async |bed| sleeps(bed, STORE, WAKE).await),
+        Bed::with(1, &at_once, async |bed| sleeps(bed, &[], WAKE_GRAFTED).await),
+        Bed::with(0, &["--paused-for", "1"], async |bed| sleeps(bed, PAUSE, WAKE_PAUSED).await),
+        Bed::with(0, &[], async |bed| forks(bed, FORK).await),
+        Bed::with(1, &[], async |bed| forks(bed, GRAFT).await),
+        Bed::with(0, &[], async |bed| goes_back(bed).await),
     )?;
     Ok(())
 }
@@ -317,7 +318,10 @@ pub async fn a_sandbox_is_as_before_or_as_after_at_every_step(_: Arc<()>) -> any
 pub async fn a_checkpoint_that_is_deleted_while_a_fork_reads_it_is_whole_or_not_found(
     _: Arc<()>,
 ) -> anyhow::Result<()> {
-    let mut bed = Bed::start(0, &[])?;
+    Bed::with(0, &[], async |bed| deletes_while_read(bed).await).await
+}
+
+async fn deletes_while_read(bed: &mut Bed) -> anyhow::Result<()> {
     let rest = bed.rest();
     for point in [
         scheduler::CREATE_RECORDED,
@@ -352,5 +356,5 @@ pub async fn a_checkpoint_that_is_deleted_while_a_fork_reads_it_is_whole_or_not_
         row("delete", point, "pause", outcome);
         assert_eq!(rest.get(&path).await?.refusal(), (404, "CHECKPOINT_NOT_FOUND".into()));
     }
-    bed.end().await
+    Ok(())
 }

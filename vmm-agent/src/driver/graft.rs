@@ -27,18 +27,25 @@ const MOST: u64 = 10 << 20;
 /// Equal bytes that are written all the same, where they lie between others: a packet of its own would take longer.
 const GAP: usize = 64;
 
-/// Whether what is at `place` can be put into a clone of the image whose file is `golden`.
+/// Why what is at `place` cannot be put into a clone of the image whose file is `golden`. `None` if it can.
 ///
 /// # Errors
 ///
 /// If they cannot be looked at.
-pub fn is_like(place: &Place, manifest: &Manifest, golden: &std::path::Path) -> io::Result<bool> {
-    if !manifest.has_memory() || manifest.origin.cpu_count != 1 || manifest.pages_bytes() > MOST {
-        return Ok(false);
+pub fn why_not(place: &Place, manifest: &Manifest, golden: &std::path::Path) -> io::Result<Option<String>> {
+    if !manifest.has_memory() {
+        return Ok(Some("it has no memory".into()));
+    }
+    if manifest.origin.cpu_count != 1 {
+        return Ok(Some(format!("it has {} CPUs", manifest.origin.cpu_count)));
+    }
+    if manifest.pages_bytes() > MOST {
+        return Ok(Some(format!("{} KiB of its memory are changed", manifest.pages_bytes() >> 10)));
     }
     // While little is changed a snapshot's image is the golden one, by another name.
     let (ours, theirs) = (place.memory().metadata()?, golden.metadata()?);
-    Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+    let is_same = (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino());
+    Ok((!is_same).then(|| "its image is another".into()))
 }
 
 /// What a clone's memory is to become.

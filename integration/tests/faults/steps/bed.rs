@@ -127,8 +127,28 @@ pub struct Bed {
 }
 
 impl Bed {
-    /// A mesh with so many clones in its pool, started with these options.
-    pub fn start(pool: usize, options: &[&str]) -> anyhow::Result<Self> {
+    /// Does `body` in a mesh with so many clones in its pool, started with these options, which leaves nothing behind.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong, with the ends of the logs.
+    pub async fn with(
+        pool: usize,
+        options: &[&str],
+        body: impl AsyncFnOnce(&mut Self) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let mut bed = Self::start(pool, options)?;
+        let mut done = body(&mut bed).await;
+        if done.is_ok() {
+            done = bed.end().await;
+        }
+        match done {
+            Ok(()) => bed.mesh.stop(),
+            Err(error) => bail!("{error:#}\n{}", bed.mesh.logs()),
+        }
+    }
+
+    fn start(pool: usize, options: &[&str]) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("point");
         let size = pool.to_string();
@@ -286,8 +306,8 @@ impl Bed {
         fork.delete().await
     }
 
-    /// Sees that only the sandbox is left, deletes it and every checkpoint, and ends the mesh, which leaves nothing behind.
-    pub async fn end(mut self) -> anyhow::Result<()> {
+    /// Sees that only the sandbox is left, deletes it and every checkpoint, and sees that nothing is left behind.
+    async fn end(&mut self) -> anyhow::Result<()> {
         let rest = self.rest();
         for id in self.checkpoints().await?.keys() {
             rest.delete(&format!("/api/checkpoints/{id}")).await?.expect(204)?;
@@ -313,8 +333,7 @@ impl Bed {
             ensure!(snapshots.is_empty() && homes.len() == self.pool, "{snapshots:?}, {homes:?}");
             Ok(())
         })
-        .await?;
-        self.mesh.stop()
+        .await
     }
 
     /// What is in a directory of the agent's.
