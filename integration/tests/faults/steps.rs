@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use self::bed::{
     Bed,
     Fault::{self, Agent, Error, Scheduler, Vmm},
-    Found, Subject, row,
+    Found, Subject, pool_is_ready, row,
 };
 
 /// Steps, and what happens at each of them.
@@ -208,11 +208,21 @@ async fn sleeps(bed: &mut Bed, hibernate: &'static Table, wake: &'static Table) 
     }
     for step in each(wake) {
         let (subject, mark) = bed.begin().await?;
-        let hibernate = subject.sandbox.path("/hibernate");
-        eventually("it sleeps", async || rest.post(&hibernate, json!({})).await?.expect(200)).await?;
-        bed.pool_is_ready().await?;
-        let (path, before) = (subject.sandbox.path("/wake"), bed.vmms());
-        bed.strike(step, async || rest.post(&path, json!({})).await).await?;
+        let (path, pool) = (|what: &str| subject.sandbox.path(what), bed.pool);
+        let sleeps = async || {
+            rest.post(&path("/hibernate"), json!({})).await?.expect(200)?;
+            pool_is_ready(&rest, pool).await
+        };
+        eventually("it sleeps", sleeps).await?;
+        let before = bed.vmms();
+        let wakes = async || {
+            // Awake, and the step was not passed: no clone waited yet when it woke.
+            if subject.sandbox.get().await?.expect(200)?.json()["status"] == "running" {
+                sleeps().await?;
+            }
+            rest.post(&path("/wake"), json!({})).await
+        };
+        bed.strike(step, wakes).await?;
         let found = bed.find().await?;
         // A VMM that dies once its guest may have gone on leaves the disk.
         let is_fine = found == Found::Whole(mark) || (found, step.1) == (Found::Disk(mark), Vmm);
@@ -227,7 +237,7 @@ async fn forks(bed: &mut Bed, table: &'static Table) -> anyhow::Result<()> {
     let rest = bed.rest();
     for step in each(table) {
         let (subject, mark) = bed.begin().await?;
-        bed.pool_is_ready().await?;
+        pool_is_ready(&rest, bed.pool).await?;
         let path = subject.sandbox.path("/fork");
         let asked = json!({ "count": 1, "mode": "live" });
         let answer = bed.strike(step, async || rest.post(&path, asked.clone()).await).await?;

@@ -251,17 +251,6 @@ impl Bed {
         Ok(found)
     }
 
-    /// Waits until as many clones wait as are to.
-    pub async fn pool_is_ready(&self) -> anyhow::Result<()> {
-        let rest = self.rest();
-        eventually("the pool is ready", async || {
-            let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
-            ensure!(nodes[0]["poolReady"].as_u64() == Some(self.pool as u64), "{nodes}");
-            Ok(())
-        })
-        .await
-    }
-
     /// The VMMs that run.
     pub fn vmms(&self) -> Vec<i32> {
         processes::vmms(self.mesh.state()).into_iter().map(|vmm| vmm.pid).collect()
@@ -341,6 +330,16 @@ impl Bed {
         let entries = fs::read_dir(self.mesh.state().join("agent").join(place))?;
         Ok(entries.flatten().map(|entry| entry.path().display().to_string()).collect())
     }
+}
+
+/// Waits until so many clones are said to wait. They may have been taken since that was told.
+pub async fn pool_is_ready(rest: &Rest, pool: usize) -> anyhow::Result<()> {
+    eventually("the pool is ready", async || {
+        let nodes = rest.get("/api/nodes").await?.expect(200)?.json();
+        ensure!(nodes[0]["poolReady"].as_u64() == Some(pool as u64), "{nodes}");
+        Ok(())
+    })
+    .await
 }
 
 /// Whoever passes a point waits there as long as this is there.
