@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// HTTP/2 window of one stream, bytes: bounds what is in flight for one transfer.
-pub const STREAM_WINDOW: u32 = 2 << 20;
+pub const STREAM_WINDOW: u32 = 512 << 10;
 /// HTTP/2 window of one connection, bytes: as large as there are (RFC 9113, 6.9.1). All tenants' calls share a connection,
 /// and streams that nobody reads must not take the room of others; each stream is bounded by its own window.
 pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;

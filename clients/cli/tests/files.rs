@@ -161,8 +161,10 @@ fn trees_go_in_and_come_back_without_links() {
     }
     fs::write(shell.path("tree/a b\n'\"$(x)"), "odd").unwrap();
     symlink("/etc", shell.path("tree/link")).unwrap();
+    fs::write(shell.path("tree/sub/big"), big()).unwrap();
     let copied: Value = serde_json::from_str(&shell.ok(["cp", "-r", "--json", "tree", "sb-1:/t"])).unwrap();
-    assert_eq!(copied["files"], 21);
+    assert_eq!(copied["files"], 22);
+    assert_eq!(shell.content("/t/sub/big").unwrap(), (big(), 0o644));
     assert_eq!(copied["skipped"], 1);
     assert_eq!(shell.content("/t/sub/7").unwrap().0, b"7");
     assert_eq!(shell.content("/t/a b\n'\"$(x)").unwrap().0, b"odd");
@@ -170,10 +172,11 @@ fn trees_go_in_and_come_back_without_links() {
     shell.put("/t/evil", Entry::Link("/etc/passwd".into()));
     shell.ok(["cp", "-r", "sb-1:/t", "back"]);
     assert_eq!(shell.names("back"), ["a b\n'\"$(x)", "empty", "sub"]);
-    assert_eq!(shell.names("back/sub").len(), 20);
+    assert_eq!(shell.names("back/sub").len(), 21);
+    assert_eq!(fs::read(shell.path("back/sub/big")).unwrap(), big());
     // The second time there is a directory to copy into.
     shell.ok(["cp", "-r", "sb-1:/t", "back"]);
-    assert_eq!(shell.names("back/t/sub").len(), 20);
+    assert_eq!(shell.names("back/t/sub").len(), 21);
     let (code, error) = shell.refused(["cp", "tree", "sb-1:/t"]);
     assert_eq!(code, 2);
     assert!(error.contains("-r"), "{error}");
@@ -242,7 +245,16 @@ fn refusals_in_mid_stream_are_told() {
     fs::write(shell.path("up"), big()).unwrap();
     let (code, error) = shell.refused(["cp", "up", "sb-1:/full"]);
     assert_eq!((code, error.as_str()), (5, "error: the disk is full\ncode: GUEST_DISK_FULL\n"));
+    fs::create_dir(shell.path("tree")).unwrap();
+    fs::write(shell.path("tree/up"), big()).unwrap();
+    let (code, error) = shell.refused(["cp", "-r", "tree", "sb-1:/full"]);
+    assert_eq!((code, error.as_str()), (5, "error: the disk is full\ncode: GUEST_DISK_FULL\n"));
+    shell.put("/breaks", Entry::Directory);
+    shell.put_file("/breaks/whole", b"x");
+    let (code, error) = shell.refused(["cp", "-r", "sb-1:/breaks", "back"]);
+    assert_eq!((code, error.as_str()), (5, "error: the disk is on fire\ncode: INTERNAL\n"));
     assert!(shell.refused(["cp", "sb-1:/none", "x"]).1.contains("FILE_NOT_FOUND"));
+    assert!(shell.refused(["cp", "-r", "sb-1:/none", "x"]).1.contains("FILE_NOT_FOUND"));
     assert_eq!(shell.refused(["cp", "gone", "sb-1:/x"]).0, 1);
 }
 
@@ -255,14 +267,13 @@ fn sides_must_make_sense() {
 }
 
 #[test]
-fn names_that_are_not_text_are_refused_in_trees_and_fine_alone() {
+fn names_that_are_not_text_are_fine() {
     let shell = Shell::new();
     let odd = OsStr::from_bytes(b"\xff-name");
     fs::create_dir(shell.path("tree")).unwrap();
     fs::write(shell.path("tree").join(odd), "x").unwrap();
-    let (code, error) = shell.refused(["cp", "-r", "tree", "sb-1:/t"]);
-    assert_eq!(code, 1);
-    assert!(error.contains("not UTF-8"), "{error}");
+    shell.ok(["cp", "-r", "tree", "sb-1:/t"]);
+    assert_eq!(shell.content("/t/\u{fffd}-name").unwrap().0, b"x");
     let path = Path::new("tree").join(odd);
     let status =
         shell.command([OsStr::new("cp"), path.as_os_str(), OsStr::new("sb-1:/plain")]).status().unwrap();

@@ -323,6 +323,12 @@ pub async fn an_agent_that_dies_ends_alone(mesh: Arc<Mesh>) -> anyhow::Result<()
     // The newest of the two wrappers.
     sandbox.run("kill -9 $(pgrep -n claude-agent)").await?;
     agent.gone().await?;
+    // Nobody goes on with the turn.
+    oc_integration::mesh::eventually("the SDK's process is gone", async || {
+        ensure!(sandbox.run("pgrep -f claude-agent-sdk-linu[x] || true").await?.is_empty());
+        Ok(())
+    })
+    .await?;
     assert_eq!(agents.prompt(&agent.id, "x").await.unwrap_err().code(), Code::FailedPrecondition);
     // A session that is no agent is none, whatever it is.
     for id in [command.as_str(), "nothing"] {

@@ -2,11 +2,18 @@
 
 use std::{sync::Arc, time::Duration};
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use oc_integration::{mesh::Mesh, processes};
+use oc_integration::{
+    mesh::{Mesh, PATIENCE},
+    processes,
+};
+use oc_proto::v1::{FileEventType, WatchDirectoryRequest, file_service_client::FileServiceClient};
 use reqwest::Method;
 use serde_json::json;
+use tokio::time::timeout;
+use tonic::Request;
 
 const MIB: usize = 1 << 20;
 /// What none of our processes takes while a large file passes (the issue's bound for the bench).
@@ -147,5 +154,59 @@ pub async fn a_full_disk_is_told_and_is_left(mesh: Arc<Mesh>) -> anyhow::Result<
     sandbox.run("echo works").await?;
     sandbox.run_as_root("rm /ballast").await?;
     sandbox.put("large", noise(8 * MIB)).await?.expect(204)?;
+    sandbox.delete().await
+}
+
+pub async fn a_tree_comes_back_as_an_archive(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+    let sandbox = mesh.rest().create(json!({})).await?;
+    let make = "mkdir -p tree/empty tree/d/$(printf 'n%.0s' $(seq 200)) && cd tree && echo a > d/a && chmod 4750 d/a &&
+        ln -s d/a link && ln -s /nowhere dangling && touch -d '2001-02-03 04:05:06' d/old && mkfifo left-out &&
+        head -c 3000000 /dev/urandom > d/n*/big";
+    sandbox.run(make).await?;
+    let archive = sandbox.files(Method::GET, "/files/archive", "tree").await?.expect(200)?;
+    assert_eq!(archive.headers["content-type"], "application/x-tar");
+    let put = async |path: &str, body: Bytes| {
+        mesh.rest().send(sandbox.file(Method::PUT, "/files/archive", path).body(body)).await
+    };
+    let unpacked = put("copy/of/it", archive.body.clone()).await?.expect(200)?.json();
+    assert_eq!(unpacked["bytes"], "3000002", "{unpacked}");
+    sandbox.run("rm tree/left-out && diff -r --no-dereference tree copy/of/it").await?;
+    let facts =
+        "cd copy/of/it && readlink link dangling && stat -c '%a %U' d/a && stat -c %Y d/old && ls -d empty";
+    assert_eq!(sandbox.run(facts).await?, "d/a\n/nowhere\n4750 sandbox\n981173106\nempty\n");
+    // The guest's own tar reads it, too.
+    sandbox.put("a.tar", archive.body.clone()).await?.expect(204)?;
+    sandbox.run("mkdir x && tar -x -C x -f a.tar && diff -r --no-dereference tree x").await?;
+    // What breaks off leaves what came before.
+    let half = archive.body.slice(..archive.body.len() / 2);
+    assert_eq!(put("half", half).await?.status, 400);
+    assert_eq!(put("none", Bytes::from_static(&[b'x'; 2048])).await?.status, 400);
+    sandbox.delete().await
+}
+
+pub async fn what_happens_in_a_directory_is_told(mesh: Arc<Mesh>) -> anyhow::Result<()> {
+    let sandbox = mesh.rest().create(json!({})).await?;
+    sandbox.run("mkdir -p watched/deep && echo > watched/deep/f").await?;
+    let mut client = FileServiceClient::connect(mesh.url.clone()).await?;
+    let (sandbox_id, path) = (sandbox.id.clone(), "watched".to_owned());
+    let mut request = Request::new(WatchDirectoryRequest { sandbox_id, path, recursive: true });
+    request.metadata_mut().insert("x-api-key", mesh.key.parse()?);
+    let mut events = client.watch_directory(request).await?.into_inner();
+    let mut next = async || -> anyhow::Result<(FileEventType, String, String)> {
+        let event = timeout(PATIENCE, events.message()).await??.context("it has ended")?;
+        let short = |path: &str| path.replace("/home/sandbox/watched", "");
+        Ok((event.r#type(), short(&event.path), short(&event.renamed_from)))
+    };
+    let is = |kind, path: &str, from: &str| (kind, path.to_owned(), from.to_owned());
+    assert_eq!(next().await?.0, FileEventType::Unspecified);
+    sandbox.run("cd watched && mkdir new && sleep 0.3 && echo x > new/file && mv new/file deep/moved && rm deep/f").await?;
+    assert_eq!(next().await?, is(FileEventType::Created, "/new", ""));
+    assert_eq!(next().await?, is(FileEventType::Created, "/new/file", ""));
+    assert_eq!(next().await?, is(FileEventType::Modified, "/new/file", ""));
+    assert_eq!(next().await?, is(FileEventType::Renamed, "/deep/moved", "/new/file"));
+    assert_eq!(next().await?, is(FileEventType::Removed, "/deep/f", ""));
+    // It ends with its directory.
+    sandbox.run("rm -r watched").await?;
+    while next().await.is_ok() {}
     sandbox.delete().await
 }

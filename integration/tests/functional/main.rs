@@ -13,6 +13,7 @@ mod grafts;
 mod hibernation;
 mod host;
 mod main_job;
+mod ports;
 mod refusals;
 mod sessions;
 mod tenants;
@@ -54,7 +55,11 @@ fn main() -> ExitCode {
             readers_that_stand_still_hold_up_nobody,
             a_broken_upload_leaves_what_was_there,
             directories_are_made_listed_moved_and_removed,
-            a_full_disk_is_told_and_is_left;
+            a_full_disk_is_told_and_is_left,
+            a_tree_comes_back_as_an_archive,
+            what_happens_in_a_directory_is_told;
+        ports:
+            a_port_of_a_sandbox_is_one_of_this_machine;
         agents:
             an_agent_does_what_it_is_told,
             an_agent_that_is_interrupted_waits_for_the_next_prompt,

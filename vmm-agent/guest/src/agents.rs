@@ -98,6 +98,8 @@ impl AgentSessionService for Agents {
             limits: Limits {
                 time: None,
                 alone: seconds("maxRunAfterDisconnect", request.max_run_after_disconnect)?,
+                // A wrapper that is killed cannot end the SDK's process, which would go on with the turn.
+                leaves_nothing: true,
             },
             ring_bytes: RING,
         };

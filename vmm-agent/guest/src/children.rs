@@ -96,6 +96,12 @@ impl Process {
     pub fn kill_group(&self) {
         self.group().signal(Signal::SIGKILL);
     }
+
+    /// Kills what it has left of its group; only right after it has ended. Its ID is nobody else's while there is anything left,
+    /// and afterwards not until the kernel has given out all others.
+    pub fn kill_rest(&self) {
+        let _ = killpg(Pid::from_raw(self.id), Signal::SIGKILL);
+    }
 }
 
 /// Collects every process that ends, from now on.

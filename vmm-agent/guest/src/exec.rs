@@ -9,6 +9,7 @@ mod budget;
 pub mod drive;
 pub mod launch;
 mod output;
+mod pace;
 pub mod ring;
 mod run;
 pub mod session;
@@ -166,6 +167,7 @@ impl ExecService for Exec {
         let limits = Limits {
             time: seconds("timeout", request.timeout)?,
             alone: seconds("maxRunAfterDisconnect", request.max_run_after_disconnect)?,
+            leaves_nothing: false,
         };
         let order = Order {
             kind: if size.is_some() { ExecKind::Terminal } else { ExecKind::Command },
@@ -200,7 +202,7 @@ impl ExecService for Exec {
             kind: ExecKind::Terminal,
             invocation: Invocation { program, envs: request.envs, cwd: request.cwd, user: request.user },
             wanted: Wanted::Terminal(Size::parse(size)?),
-            limits: Limits { time: None, alone },
+            limits: Limits { alone, ..Limits::default() },
             ring_bytes: 0,
         };
         let session = self.sessions.start(order).await?;

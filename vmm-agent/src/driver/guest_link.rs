@@ -13,7 +13,7 @@ use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use oc_guest_link::{HostLink, Nonce};
-use oc_mesh::channel::{CONNECTION_WINDOW, STREAM_WINDOW};
+use oc_mesh::channel::CONNECTION_WINDOW;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -30,6 +30,8 @@ use super::home::{GUEST, Home};
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
 /// A VMM notices in a millisecond that we hang up.
 const HANGS_UP_WITHIN: Duration = Duration::from_secs(2);
+/// HTTP/2 window of one stream, bytes: what one call may have under way, before which whatever another says has to wait.
+const STREAM_WINDOW: u32 = 256 << 10;
 /// Larger frames mean fewer of them; each costs the emulated guest a system call and a header.
 const MAX_FRAME: u32 = 512 << 10;
 /// Bytes that wait to be sent on a stream.

@@ -1,11 +1,13 @@
 //! `oc files cp`: files and trees, into a sandbox and out of it.
 //!
 //! As with `cp`, a destination that is a directory gets the source under its own name. Content is streamed:
-//! memory does not grow with size. Links and special files in a tree are left out and counted: a link made by
-//! a sandbox could point anywhere on this machine.
+//! memory does not grow with size. A tree goes as one archive. Links and special files in it are left out and counted: a link
+//! made by a sandbox could point anywhere on this machine.
 
 mod download;
+mod pack;
 mod received;
+mod unpack;
 mod upload;
 
 use serde_json::json;
@@ -17,8 +19,6 @@ use crate::{
     output::{self, Output},
 };
 
-/// Files of a tree that are under way at the same time.
-const FILES_AT_ONCE: usize = 4;
 /// Bounds for a tree: a cycle, or a sandbox that makes up directories, ends here.
 const TREE_ENTRIES: usize = 100_000;
 const TREE_DEPTH: usize = 64;
@@ -32,6 +32,11 @@ struct Copied {
     bytes: u64,
     /// Links and special files, left out.
     skipped: u64,
+}
+
+/// What a thread of its own has done.
+fn joined<T>(done: Result<Result<T, Failure>, tokio::task::JoinError>) -> Result<T, Failure> {
+    done.unwrap_or_else(|error| Err(Failure::local("cannot copy", std::io::Error::other(error))))
 }
 
 /// `oc files cp`.

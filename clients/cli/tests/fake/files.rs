@@ -226,21 +226,92 @@ impl FileService for Files {
         }))
     }
 
-    type ReadArchiveStream = tokio_stream::Empty<Result<ReadArchiveResponse, Status>>;
+    type ReadArchiveStream = Iter<std::vec::IntoIter<Result<ReadArchiveResponse, Status>>>;
 
     async fn read_archive(
         &self,
-        _: Request<ReadArchiveRequest>,
+        request: Request<ReadArchiveRequest>,
     ) -> Result<Response<Self::ReadArchiveStream>, Status> {
-        Err(Status::unimplemented("read_archive"))
+        let (top, _) = self.follow(&request.into_inner().path)?;
+        let below = format!("{}/", top.trim_end_matches('/'));
+        let state = self.0.lock().unwrap();
+        let inside = state.files.iter().filter_map(|(path, entry)| Some((path.strip_prefix(&below)?, entry)));
+        let mut archive: Vec<u8> = inside.flat_map(|(name, entry)| archived(name, entry)).collect();
+        archive.extend_from_slice(&[0; 1024]);
+        let messages = archive.chunks(512 << 10).map(|part| {
+            let body = HttpBody { data: part.to_vec().into(), ..HttpBody::default() };
+            Ok(ReadArchiveResponse { body: Some(body) })
+        });
+        let mut messages: Vec<_> = messages.collect();
+        if top.ends_with("breaks") {
+            messages.push(Err(refused(Code::Internal, "INTERNAL", "the disk is on fire")));
+        }
+        Ok(Response::new(iter(messages)))
     }
 
     async fn write_archive(
         &self,
-        _: Request<Streaming<WriteArchiveRequest>>,
+        request: Request<Streaming<WriteArchiveRequest>>,
     ) -> Result<Response<WriteArchiveResponse>, Status> {
-        Err(Status::unimplemented("write_archive"))
+        let mut messages = request.into_inner();
+        let top = normal(&messages.message().await?.unwrap().path);
+        self.0.lock().unwrap().uploads += 1;
+        if top.starts_with("/full") {
+            return Err(refused(Code::ResourceExhausted, "GUEST_DISK_FULL", "the disk is full"));
+        }
+        let mut archive = Vec::new();
+        loop {
+            match messages.message().await {
+                Ok(Some(message)) => {
+                    let data = message.body.unwrap_or_default().data;
+                    assert!(data.len() <= 1 << 20, "the contract allows 1 MiB");
+                    archive.extend_from_slice(&data);
+                }
+                Ok(None) => break,
+                Err(status) => {
+                    self.0.lock().unwrap().broken_uploads += 1;
+                    return Err(status);
+                }
+            }
+        }
+        let mut made = vec![(top.clone(), Entry::Directory)];
+        for entry in tar::Archive::new(archive.as_slice()).entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let path = format!("{top}/{}", entry.path().unwrap().to_string_lossy());
+            let mode = entry.header().mode().unwrap();
+            let mut content = Vec::new();
+            std::io::Read::read_to_end(&mut entry, &mut content).unwrap();
+            let is_directory = entry.header().entry_type().is_dir();
+            made.push((path, if is_directory { Entry::Directory } else { Entry::File { content, mode } }));
+        }
+        let entries = i64::try_from(made.len()).unwrap() - 1;
+        self.0.lock().unwrap().files.extend(made);
+        Ok(Response::new(WriteArchiveResponse { entries, bytes: 0 }))
     }
+}
+
+/// A short file of an archive under a name that stands there as it is, whatever it is.
+fn archived(name: &str, entry: &Entry) -> Vec<u8> {
+    let mut header = tar::Header::new_ustar();
+    header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+    header.set_size(0);
+    header.set_mode(0o755);
+    let mut data = Vec::new();
+    match entry {
+        Entry::File { content, mode } => {
+            header.set_mode(*mode);
+            header.set_size(content.len() as u64);
+            data.clone_from(content);
+            data.resize(content.len().next_multiple_of(512), 0);
+        }
+        Entry::Directory => header.set_entry_type(tar::EntryType::Directory),
+        Entry::Link(target) => {
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_link_name(target).unwrap();
+        }
+    }
+    header.set_cksum();
+    [header.as_bytes(), data.as_slice()].concat()
 }
 
 #[tonic::async_trait]

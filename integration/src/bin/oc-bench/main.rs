@@ -5,6 +5,7 @@
 //! - [`captures`], [`curve`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
 
+mod agents;
 mod beside;
 mod calls;
 mod captures;
@@ -31,7 +32,7 @@ use self::table::Table;
 struct Arguments {
     /// Subjects to measure, beside the floor; all where none is named
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "captures", "curve", "crowd"])]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "idle", "agents", "captures", "curve", "crowd"])]
     only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
@@ -63,8 +64,14 @@ async fn main() -> anyhow::Result<()> {
     if wanted("memory") {
         memory::measure(&mesh, &mut table).await.context("memory")?;
     }
+    if wanted("agents") {
+        agents::measure(&mesh, &mut table).await.context("agents")?;
+    }
     if wanted("streams") {
         streams::measure(&mesh, &mut table).await.context("streams")?;
+    }
+    if wanted("idle") {
+        streams::idle(&mesh, &mut table).await.context("idle attachments")?;
     }
     mesh.stop()?;
     let ours = match wanted("captures") {

@@ -33,6 +33,8 @@ pub enum Target {
     Least(f64),
     /// At most so many times another figure: factor, figure.
     MostTimes(f64, f64),
+    /// At most so many times another figure that is not the floor's: factor, figure, which.
+    MostTimesOf(f64, f64, &'static str),
     /// At least so many times another figure: factor, figure.
     LeastTimes(f64, f64),
     /// Nothing in particular.
@@ -71,9 +73,8 @@ impl Table {
         let (target, met) = match target {
             Target::Most(most) => (format!("≤ {}", number(most)), Some(value <= most)),
             Target::Least(least) => (format!("≥ {}", number(least)), Some(value >= least)),
-            Target::MostTimes(factor, of) => {
-                (format!("≤ {factor} × floor; is {:.2} ×", value / of), Some(value <= factor * of))
-            }
+            Target::MostTimes(factor, of) => most_times(value, factor, of, "floor"),
+            Target::MostTimesOf(factor, of, which) => most_times(value, factor, of, which),
             Target::LeastTimes(factor, of) => {
                 (format!("≥ {factor} × floor; is {:.2} ×", value / of), Some(value >= factor * of))
             }
@@ -96,6 +97,10 @@ impl fmt::Display for Table {
         }
         Ok(())
     }
+}
+
+fn most_times(value: f64, factor: f64, of: f64, which: &str) -> (String, Option<bool>) {
+    (format!("≤ {factor} × {which}; is {:.2} ×", value / of), Some(value <= factor * of))
 }
 
 /// A figure, as long as it tells something.

@@ -12,14 +12,14 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{launch::Channels, session::Session, terminal::Terminal};
+use super::{launch::Channels, pace, session::Session, terminal::Terminal};
 use crate::children::Process;
 
 /// After a process has ended, what it left running may hold its output open; it is not waited for longer than this while
 /// nothing comes.
 const LINGER: Duration = Duration::from_millis(200);
-/// What is read at once, bytes: at first, and from a program that writes a lot.
-const READ: (usize, usize) = (4 << 10, 128 << 10);
+/// What is read at once at first, bytes.
+const READ: usize = 4 << 10;
 /// Reads that are smaller are copied, so that they do not hold on to a large buffer.
 const COPIED: usize = 4 << 10;
 /// What is read after the leader has ended, bytes: more than a pipe holds (pipe(7)), and an end to what others write.
@@ -32,6 +32,8 @@ pub struct Limits {
     pub time: Option<Duration>,
     /// So long after the last client has gone.
     pub alone: Option<Duration>,
+    /// What its leader leaves running in its process group ends with it.
+    pub leaves_nothing: bool,
 }
 
 /// Drives a session to its end.
@@ -52,6 +54,9 @@ pub async fn drive(session: Arc<Session>, mut process: Process, channels: Channe
         }
     };
     leader_ended.send_replace(true);
+    if limits.leaves_nothing {
+        process.kill_rest();
+    }
     if !is_drained {
         moving.await;
     }
@@ -121,8 +126,9 @@ async fn move_bytes(session: &Session, channels: Channels, ended: watch::Receive
                 }
                 std::future::pending::<()>().await;
             };
-            let out = read_all(session, ExecStream::Stdout, Source::Pipe(stdout), ended.clone());
-            let err = read_all(session, ExecStream::Stderr, Source::Pipe(stderr), ended);
+            let out =
+                read_all(session, ExecStream::Stdout, Source::Pipe(stdout, pace::Pipe::new()), ended.clone());
+            let err = read_all(session, ExecStream::Stderr, Source::Pipe(stderr, pace::Pipe::new()), ended);
             tokio::select! { _ = async { tokio::join!(out, err) } => {}, () = feeding => {} }
         }
         Channels::Terminal(terminal) => {
@@ -137,7 +143,7 @@ async fn move_bytes(session: &Session, channels: Channels, ended: watch::Receive
 }
 
 enum Source<'a> {
-    Pipe(pipe::Receiver),
+    Pipe(pipe::Receiver, pace::Pipe),
     Terminal(&'a Terminal),
 }
 
@@ -145,7 +151,7 @@ impl Source<'_> {
     /// Reads into the room that `buffer` is given, `most` bytes; 0 at the end.
     async fn read(&mut self, buffer: &mut BytesMut, most: usize) -> io::Result<usize> {
         match self {
-            Self::Pipe(pipe) => {
+            Self::Pipe(pipe, _) => {
                 buffer.reserve(most);
                 pipe.read_buf(&mut buffer.limit(most)).await
             }
@@ -159,6 +165,16 @@ impl Source<'_> {
     }
 }
 
+impl Source<'_> {
+    /// What is to be read at once of a program that writes a lot, bytes.
+    fn adapt(&mut self) -> usize {
+        match self {
+            Self::Pipe(pipe, pace) => pace.adapt(&*pipe),
+            Self::Terminal(_) => pace::SMALL,
+        }
+    }
+}
+
 /// Reads until nobody can write any more; once the leader has ended until nothing comes for a while.
 async fn read_all(
     session: &Session,
@@ -167,7 +183,7 @@ async fn read_all(
     mut ended: watch::Receiver<bool>,
 ) {
     let mut buffer = BytesMut::new();
-    let mut size = READ.0;
+    let mut size = READ;
     let mut left = LEFT;
     loop {
         buffer.clear();
@@ -192,7 +208,10 @@ async fn read_all(
         let bytes = if read <= COPIED { Bytes::copy_from_slice(&buffer) } else { buffer.split().freeze() };
         session.put(stream, bytes).await;
         if read == size {
-            size = (2 * size).min(READ.1);
+            size *= 2;
+        }
+        if size > pace::SMALL {
+            size = source.adapt();
         }
     }
 }
@@ -251,6 +270,27 @@ mod tests {
         assert!(session.write("more".into()).await.is_err());
         assert!(matches!(session.read(0, 10), Read::Piece(_)));
         assert!(matches!(session.read(9, 10), Read::End(_, 9)));
+    }
+
+    #[tokio::test]
+    async fn a_session_that_leaves_nothing_ends_with_all_it_has_started() {
+        let limits = Limits { leaves_nothing: true, ..Limits::default() };
+        let session = start("sleep 1000 & echo $!; kill -9 $$", None, 1 << 20, limits);
+        let (code, pid, _) = result(&session).await;
+        assert_eq!(code, 137);
+        let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+        let is_gone = || match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+            // Whoever inherits it may let it stand as a zombie.
+            Ok(stat) => stat.contains(") Z "),
+            Err(_) => true,
+        };
+        timeout(Duration::from_secs(20), async {
+            while !is_gone() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await
+        .unwrap();
     }
 
     #[tokio::test]

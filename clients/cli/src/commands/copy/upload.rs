@@ -1,38 +1,35 @@
 //! Into a sandbox.
 
-use std::{
-    fs::{self, Metadata},
-    os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, TryStreamExt as _, stream};
+use futures_util::{Stream, stream};
 use oc_proto::{
     google::api::HttpBody,
-    v1::{FileType, MakeDirectoryRequest, WriteFileRequest},
+    v1::{FileType, WriteArchiveRequest, WriteFileRequest},
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
     sync::mpsc,
+    task::spawn_blocking,
     time::timeout,
 };
+use tonic::Status;
 
-use super::{Copied, FILES_AT_ONCE, STALL, TREE_DEPTH, TREE_ENTRIES};
+use super::{Copied, STALL, joined, pack::Tree};
 use crate::{
     commands::{
         files::{entries, stat},
         remote_path::InSandbox,
     },
-    connection::{CALL_TIMEOUT, Connection, within},
+    connection::Connection,
     failure::Failure,
     progress::Meter,
     standard,
 };
 
 /// Content per message; the contract allows 1 MiB.
-const MESSAGE_BYTES: usize = 512 << 10;
+pub const MESSAGE_BYTES: usize = 512 << 10;
 /// From the last byte sent to the answer: the guest writes its disk back.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -99,11 +96,7 @@ fn name_of(path: &Path) -> Result<String, Failure> {
             })?
         }
     };
-    text_of(&name, path)
-}
-
-/// Names in a sandbox are text to the contract.
-fn text_of(name: &std::ffi::OsStr, path: &Path) -> Result<String, Failure> {
+    // Names in a sandbox are text to the contract.
     name.to_str().map(ToOwned::to_owned).ok_or_else(|| {
         Failure::Unfit(format!(
             "the name of {} is not UTF-8: rename it, or name the destination",
@@ -112,96 +105,47 @@ fn text_of(name: &std::ffi::OsStr, path: &Path) -> Result<String, Failure> {
     })
 }
 
-/// A file of a tree.
-struct Leaf {
-    from: PathBuf,
-    to: InSandbox,
-}
-
-/// What a walk has found.
-#[derive(Default)]
-struct Tree {
-    directories: Vec<(InSandbox, u32)>,
-    files: Vec<Leaf>,
-    bytes: u64,
-    skipped: u64,
-}
-
 async fn tree(connection: &Connection, from: &Path, to: &InSandbox) -> Result<Copied, Failure> {
     // The whole walk comes first: what cannot be copied is said before anything is.
-    let Tree { directories, files, bytes, skipped } = walk(from, to)?;
-    let meter = Meter::new(from.display().to_string(), Some(bytes));
-    for (place, mode) in directories {
-        let InSandbox { id: sandbox_id, path } = place;
-        let request = within(CALL_TIMEOUT, MakeDirectoryRequest { sandbox_id, path, mode });
-        connection.files().make_directory(request).await?;
-    }
-    let count = files.len() as u64;
-    let meter = &meter;
-    let sent = stream::iter(files.into_iter().map(Ok))
-        .map_ok(async |leaf: Leaf| file(connection, &leaf.from, &leaf.to, meter).await)
-        .try_buffer_unordered(FILES_AT_ONCE)
-        .try_fold(0, async |sum, bytes| Ok(sum + bytes))
-        .await?;
-    Ok(Copied { files: count, bytes: sent, skipped })
-}
-
-fn walk(root: &Path, to: &InSandbox) -> Result<Tree, Failure> {
-    let mut tree = Tree::default();
-    let mut open = vec![(root.to_owned(), to.clone(), 0)];
-    let mut seen = 0;
-    while let Some((directory, place, depth)) = open.pop() {
-        if depth > TREE_DEPTH {
-            return Err(Failure::Unfit(format!("{} lies more than {TREE_DEPTH} deep", directory.display())));
+    let tree = Tree::walk(from)?;
+    let copied = Copied { files: tree.files, bytes: tree.bytes, skipped: tree.skipped };
+    let meter = Meter::new(from.display().to_string(), Some(tree.bytes));
+    let (parts, messages) = mpsc::channel(1);
+    let mut client = connection.files();
+    let call = client.write_archive(until_end(messages));
+    let opening = WriteArchiveRequest { sandbox_id: to.id.clone(), path: to.path_or_home(), body: None };
+    let feed = async {
+        pass(&parts, Part::Message(opening), to).await?;
+        let (sender, mut archive) = mpsc::channel(1);
+        let packing = spawn_blocking(move || tree.pack(sender, &meter));
+        while let Some(data) = archive.recv().await {
+            let body = Some(HttpBody { data, ..HttpBody::default() });
+            let message = WriteArchiveRequest { body, ..WriteArchiveRequest::default() };
+            pass(&parts, Part::Message(message), to).await?;
         }
-        let metadata = fs::metadata(&directory).map_err(|error| cannot_read(&directory, error))?;
-        tree.directories.push((place.clone(), mode_of(&metadata)));
-        for entry in fs::read_dir(&directory).map_err(|error| cannot_read(&directory, error))? {
-            let entry = entry.map_err(|error| cannot_read(&directory, error))?;
-            seen += 1;
-            if seen > TREE_ENTRIES {
-                let message =
-                    format!("{} holds more than {TREE_ENTRIES} files: pack them first", root.display());
-                return Err(Failure::Unfit(message));
-            }
-            let path = entry.path();
-            let metadata = entry.metadata().map_err(|error| cannot_read(&path, error))?;
-            if !metadata.is_dir() && !metadata.is_file() {
-                tree.skipped += 1;
-                continue;
-            }
-            let place = place.join(&text_of(&entry.file_name(), &path)?);
-            if metadata.is_dir() {
-                open.push((path, place, depth + 1));
-            } else {
-                tree.bytes += metadata.len();
-                tree.files.push(Leaf { from: path, to: place });
-            }
-        }
-    }
-    Ok(tree)
+        joined(packing.await)?;
+        pass(&parts, Part::End, to).await
+    };
+    answered(call, feed, to).await.map(|()| copied)
 }
 
 async fn file(connection: &Connection, from: &Path, to: &InSandbox, meter: &Meter) -> Result<u64, Failure> {
     let mut file = tokio::fs::File::open(from).await.map_err(|error| cannot_read(from, error))?;
     let metadata = file.metadata().await.map_err(|error| cannot_read(from, error))?;
     file.set_max_buf_size(MESSAGE_BYTES);
-    let mode = if metadata.is_file() { mode_of(&metadata) } else { 0 };
+    let mode = if metadata.is_file() { metadata.permissions().mode() & 0o777 } else { 0 };
     send(connection, file, &from.display().to_string(), to, mode, meter).await
 }
 
-fn mode_of(metadata: &Metadata) -> u32 {
-    metadata.permissions().mode() & 0o777
-}
-
-fn cannot_read(path: &Path, error: std::io::Error) -> Failure {
+/// A failure to read something of ours.
+pub fn cannot_read(path: &Path, error: std::io::Error) -> Failure {
     Failure::local(format!("cannot read {}", path.display()), error)
 }
 
 /// What goes to the stream of messages. A stream that ends is a file that is whole: so the end must be said,
 /// and a stream that was let go without it never ends, and is reset with its call.
-enum Part {
-    Message(WriteFileRequest),
+enum Part<M> {
+    Message(M),
     End,
 }
 
@@ -216,6 +160,15 @@ async fn send(
     let (parts, messages) = mpsc::channel(1);
     let mut client = connection.files();
     let call = client.write_file(until_end(messages));
+    answered(call, feed(source, name, to, mode, &parts, meter), to).await
+}
+
+/// What a call is fed with, once it has answered.
+async fn answered<T, Answer>(
+    call: impl Future<Output = Result<Answer, Status>>,
+    feed: impl Future<Output = Result<T, Failure>>,
+    to: &InSandbox,
+) -> Result<T, Failure> {
     let mut call = std::pin::pin!(call);
     let fed = tokio::select! {
         answer = &mut call => {
@@ -223,7 +176,7 @@ async fn send(
             answer?;
             return Err(Failure::Stalled(format!("{}:{}: the mesh ended the transfer early", to.id, to.path)));
         }
-        fed = feed(source, name, to, mode, &parts, meter) => fed?,
+        fed = feed => fed?,
     };
     match timeout(COMMIT_TIMEOUT, call).await {
         Ok(answer) => answer.map(|_| fed).map_err(Failure::from),
@@ -236,7 +189,7 @@ async fn feed(
     name: &str,
     to: &InSandbox,
     mode: u32,
-    parts: &mpsc::Sender<Part>,
+    parts: &mpsc::Sender<Part<WriteFileRequest>>,
     meter: &Meter,
 ) -> Result<u64, Failure> {
     let opening = WriteFileRequest { sandbox_id: to.id.clone(), path: to.path_or_home(), mode, body: None };
@@ -271,7 +224,7 @@ async fn next(source: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Bytes> {
     Ok(data.freeze())
 }
 
-async fn pass(parts: &mpsc::Sender<Part>, part: Part, to: &InSandbox) -> Result<(), Failure> {
+async fn pass<M>(parts: &mpsc::Sender<Part<M>>, part: Part<M>, to: &InSandbox) -> Result<(), Failure> {
     match timeout(STALL, parts.send(part)).await {
         Ok(Ok(())) => Ok(()),
         // The call is over: its answer, which is awaited beside this, says why.
@@ -280,7 +233,7 @@ async fn pass(parts: &mpsc::Sender<Part>, part: Part, to: &InSandbox) -> Result<
     }
 }
 
-fn until_end(messages: mpsc::Receiver<Part>) -> impl Stream<Item = WriteFileRequest> + Send + 'static {
+fn until_end<M: Send + 'static>(messages: mpsc::Receiver<Part<M>>) -> impl Stream<Item = M> + Send + 'static {
     stream::unfold(messages, async |mut messages| match messages.recv().await {
         Some(Part::Message(message)) => Some((message, messages)),
         Some(Part::End) => None,
