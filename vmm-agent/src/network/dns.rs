@@ -229,6 +229,7 @@ mod tests {
         assert_eq!(held.len(), WAITING_PER_VM);
         assert!(waiting.enter(other).is_some());
         drop(held);
-        assert!(waiting.enter(one).is_some() && waiting.0.lock().is_empty());
+        assert!(waiting.enter(one).is_some());
+        assert!(waiting.0.lock().is_empty());
     }
 }
