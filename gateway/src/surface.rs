@@ -43,6 +43,7 @@ const SERVICES: &[(&str, Access, Backend)] = &[
     ("FileService", Access::Sandbox, Backend::Host),
     ("FileUrlService", Access::Sandbox, Backend::Scheduler),
     ("KeyService", Access::Admin, Backend::Scheduler),
+    ("NetworkService", Access::Sandbox, Backend::Host),
     ("NodeService", Access::Admin, Backend::Scheduler),
     ("PortService", Access::Sandbox, Backend::Host),
     ("SandboxService", Access::Tenant, Backend::Scheduler),

@@ -3,7 +3,10 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    process::Command,
 };
+
+use sha2::{Digest as _, Sha256};
 
 use crate::processes;
 
@@ -25,6 +28,7 @@ pub fn of(state: &Path, host_id: &str) -> io::Result<Vec<String>> {
         found.push(format!("mount {line}"));
     }
     found.extend(cgroups(host_id)?.into_iter().map(|dir| format!("cgroup {}", dir.display())));
+    found.extend(networks(state)?);
     for name in names(state)? {
         if !STAYS.contains(&name.as_str()) && !name.starts_with("store.db") {
             found.push(format!("file {name}"));
@@ -46,6 +50,31 @@ fn cgroups(host_id: &str) -> io::Result<Vec<PathBuf>> {
             found.push(parent.join(name));
         }
     }
+    Ok(found)
+}
+
+/// Namespaces, links and tables of a packet filter that are the agent's of the mesh in `state`
+/// (vmm-agent/src/network/plan.rs).
+fn networks(state: &Path) -> io::Result<Vec<String>> {
+    let agent = state.join("agent");
+    let place = fs::canonicalize(&agent).unwrap_or(agent);
+    let tag = hex::encode(&Sha256::digest(place.as_os_str().as_encoded_bytes())[..4]);
+    let is_own = |name: &String| name.starts_with(&format!("oc-{tag}"));
+    let mut found: Vec<String> = names(Path::new("/run/netns"))?
+        .into_iter()
+        .filter(is_own)
+        .map(|name| format!("netns {name}"))
+        .collect();
+    let link = format!("oc{tag}");
+    if Path::new("/sys/class/net").join(&link).exists() {
+        found.push(format!("link {link}"));
+    }
+    let tables = Command::new("nft").args(["list", "tables"]).output()?;
+    if !tables.status.success() {
+        return Err(io::Error::other(String::from_utf8_lossy(&tables.stderr).into_owned()));
+    }
+    let tables = String::from_utf8_lossy(&tables.stdout).into_owned();
+    found.extend(tables.lines().filter(|line| line.contains(&tag)).map(str::to_owned));
     Ok(found)
 }
 

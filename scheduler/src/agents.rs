@@ -144,6 +144,7 @@ impl Agents {
             template_id: record.template_id.clone(),
             size: record.size,
             envs: record.envs.clone(),
+            egress: record.egress,
         };
         let agent = self.agent(&record.host_id)?;
         let call = || {

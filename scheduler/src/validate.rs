@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use oc_proto::{mesh::VmSize, v1::CreateSandboxRequest};
+use oc_proto::{
+    mesh::VmSize,
+    v1::{CreateSandboxRequest, EgressPolicy},
+};
 use thiserror::Error;
 
 use crate::size::{self, SizeError};
@@ -54,6 +57,8 @@ pub struct Order {
     pub envs: HashMap<String, String>,
     /// Attached by the caller.
     pub metadata: HashMap<String, String>,
+    /// What it may reach.
+    pub egress: EgressPolicy,
 }
 
 /// What is wrong with a request.
@@ -136,7 +141,8 @@ pub fn order(request: CreateSandboxRequest) -> Result<Order, Invalid> {
     let timeout = timeout(request.timeout.unwrap_or(DEFAULT_TIMEOUT))?;
     check_envs(&request.envs)?;
     check_metadata(&request.metadata)?;
-    Ok(Order { template_id, size, timeout, envs: request.envs, metadata: request.metadata })
+    let egress = egress(request.egress)?;
+    Ok(Order { template_id, size, timeout, envs: request.envs, metadata: request.metadata, egress })
 }
 
 fn template(name: String) -> Result<String, Invalid> {
@@ -229,6 +235,14 @@ pub fn expires_in(asked: Option<i32>) -> Result<Duration, Invalid> {
 pub fn count(asked: Option<i32>) -> Result<usize, Invalid> {
     let count = asked.unwrap_or(1);
     usize::try_from(count).ok().filter(|_| (1..=MAX_FORKS).contains(&count)).ok_or(Invalid::Count(count))
+}
+
+/// What a sandbox may reach; the internet where nothing is said.
+fn egress(asked: i32) -> Result<EgressPolicy, Invalid> {
+    match EgressPolicy::try_from(asked) {
+        Ok(EgressPolicy::Unspecified) => Ok(EgressPolicy::Open),
+        known => known.map_err(|_| Invalid::Enumeration("egress")),
+    }
 }
 
 /// What is made of a state of another sandbox: as that one is, but for what is asked for.
@@ -336,6 +350,17 @@ mod tests {
         assert_eq!(with(entries(MAX_METADATA + 1)), Err(Invalid::Metadata));
         assert_eq!(with([("k".into(), "v".repeat(MAX_METADATA_BYTES))].into()), Err(Invalid::Metadata));
         assert_eq!(with([(String::new(), "v".into())].into()), Err(Invalid::MetadataKey));
+    }
+
+    #[test]
+    fn a_sandbox_reaches_the_internet_unless_told_otherwise_and_so_does_its_fork() {
+        let with = |egress: i32| order(CreateSandboxRequest { egress, ..Default::default() });
+        assert_eq!(with(0).unwrap().egress, EgressPolicy::Open);
+        let closed = with(EgressPolicy::None.into()).unwrap();
+        assert_eq!(closed.egress, EgressPolicy::None);
+        assert_eq!(with(3), Err(Invalid::Enumeration("egress")));
+        let fork = fork_order(closed, None, HashMap::new(), HashMap::new()).unwrap();
+        assert_eq!(fork.egress, EgressPolicy::None);
     }
 
     #[test]

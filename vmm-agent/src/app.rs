@@ -23,7 +23,7 @@ use tracing::info;
 use crate::{
     backend::Backend,
     config::Config,
-    data_plane::{AgentSessionPlane, ExecPlane, FilePlane, PortPlane},
+    data_plane::{AgentSessionPlane, ExecPlane, FilePlane, NetworkPlane, PortPlane},
     host::Host,
     journal,
     lock::{Lock, LockError},
@@ -132,6 +132,7 @@ fn routes(host: &Host, accelerator: &str, draining: &CancellationToken) -> Route
     let services = Routes::new(AgentServiceServer::new(AgentRpc::new(host.clone(), accelerator.to_owned())))
         .add_service(ExecPlane::new(host.clone(), draining.clone()))
         .add_service(FilePlane::new(host.clone(), draining.clone()))
+        .add_service(NetworkPlane::new(host.clone(), draining.clone()))
         .add_service(PortPlane::new(host.clone(), draining.clone()))
         .add_service(AgentSessionPlane::new(host.clone(), draining.clone()));
     let metrics = get(|| async { oc_mesh::telemetry::render_metrics() });

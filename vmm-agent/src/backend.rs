@@ -15,6 +15,7 @@ use tower::util::BoxCloneSyncService;
 use crate::{
     identity::SandboxId,
     microvm::{Kind, MakeError},
+    network::Egress,
 };
 
 /// The way to a guest: gRPC calls, as many at a time as wanted. Works as long as the VM runs.
@@ -146,6 +147,10 @@ pub struct Whole {
 pub trait Instance: Debug + Send + Sync + 'static {
     /// Makes its home; nothing runs yet.
     async fn create(&mut self) -> Result<(), MakeError>;
+
+    /// Sets what it may reach whenever it runs, before it does. All of the internet, as long as nothing else was said; one that
+    /// takes the state of a stored VM on takes that one's.
+    async fn restrict(&mut self, egress: Egress) -> Result<(), MakeError>;
 
     /// Starts a clone of the golden snapshot of `kind`. It is paused then.
     async fn restore(&mut self, kind: &Kind) -> Result<(), MakeError>;

@@ -8,13 +8,14 @@ use std::{
 };
 
 use clap::{Parser, ValueEnum};
+use ipnet::IpNet;
 use oc_mesh::endpoint::Endpoint;
 
 use crate::{
     capacity::{self, Limits},
     driver::objects,
     microvm::Kind,
-    pool,
+    network, pool,
     vm::tier::Policy,
 };
 
@@ -96,12 +97,39 @@ pub struct Args {
     /// the same one wakes them if this one is gone.
     #[arg(long, env = "OC_UPLOAD_HIBERNATED")]
     pub upload_hibernated: bool,
+    /// Whether VMs have a network. Without one they reach nothing, and a host needs neither nftables nor network namespaces.
+    #[arg(long, env = "OC_NETWORK", value_enum, default_value_t = NetworkChoice::On)]
+    pub network: NetworkChoice,
+    /// Addresses that sandboxes reach although they are private or reserved, such as `10.1.2.0/24`; never those of this host
+    /// itself. May be repeated.
+    #[arg(long = "network-allow", env = "OC_NETWORK_ALLOW", value_delimiter = ',', value_name = "CIDR")]
+    pub network_allow: Vec<IpNet>,
+    /// Whom sandboxes' questions for names are passed on to: a resolv.conf(5), read again when it changes.
+    #[arg(long, env = "OC_RESOLV_CONF", default_value = "/etc/resolv.conf")]
+    pub resolv_conf: PathBuf,
+    /// Connections that a sandbox may have at once.
+    #[arg(long, env = "OC_NETWORK_CONNECTIONS", default_value_t = 4096, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=262_144))]
+    pub network_connections: u32,
+    /// What a sandbox may send, and receive, each second: millions of bits.
+    #[arg(long, env = "OC_NETWORK_MBIT", default_value_t = 1000, value_name = "MBIT",
+          value_parser = clap::value_parser!(u32).range(1..=400_000))]
+    pub network_mbit: u32,
     /// Where this host stands: shown to users as their sandbox's region.
     #[arg(long, env = "OC_REGION", default_value = "local")]
     pub region: String,
     /// Ends every VM of this host, removes all that agents have made in the data directory, and exits.
     #[arg(long)]
     pub cleanup: bool,
+}
+
+/// Whether VMs have a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NetworkChoice {
+    /// They reach the internet, unless their sandbox's policy says otherwise.
+    On,
+    /// They have none.
+    Off,
 }
 
 /// What runs the guests' instructions.
@@ -172,6 +200,8 @@ pub struct Config {
     pub accelerator: AcceleratorChoice,
     /// Whether sandboxes are clones of golden snapshots; else each is booted.
     pub snapshots: bool,
+    /// What VMs may do of their network; they have none where this is absent.
+    pub network: Option<network::Settings>,
     /// URL of the object store, if there is one.
     pub object_store: Option<String>,
     /// Where this host stands.
@@ -262,6 +292,12 @@ impl Config {
             headroom_mb: if pool.shelves.iter().any(|(_, count)| *count > 0) { WAITING_CLONE_MB } else { 0 },
             uploads: args.upload_hibernated && object_store.is_some(),
         };
+        let network = (args.network == NetworkChoice::On).then_some(network::Settings {
+            allow: args.network_allow,
+            resolv_conf: args.resolv_conf,
+            connections: args.network_connections,
+            mbit: args.network_mbit,
+        });
         Ok(Self {
             store: args.store.ok_or_else(|| invalid("--store", "is needed"))?,
             listen: args.listen.ok_or_else(|| invalid("--listen", "is needed"))?,
@@ -276,6 +312,7 @@ impl Config {
             memory_capacity_mb: total_mb.saturating_mul(u64::from(args.memory_overcommit.max(1))),
             accelerator: args.accelerator,
             snapshots: !args.no_snapshots,
+            network,
             object_store,
             region: args.region,
         })

@@ -26,7 +26,8 @@ use oc_mesh::{
 };
 use oc_proto::v1::{
     agent_session_service_server::AgentSessionServiceServer, exec_service_server::ExecServiceServer,
-    file_service_server::FileServiceServer, port_service_server::PortServiceServer,
+    file_service_server::FileServiceServer, network_service_server::NetworkServiceServer,
+    port_service_server::PortServiceServer,
 };
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -51,6 +52,8 @@ pub type ExecPlane = DataPlane<ExecServiceServer<()>>;
 pub type FilePlane = DataPlane<FileServiceServer<()>>;
 /// Ports.
 pub type PortPlane = DataPlane<PortServiceServer<()>>;
+/// What a sandbox has of a network, which its host answers for the guest.
+pub type NetworkPlane = DataPlane<NetworkServiceServer<()>>;
 /// Agent sessions.
 pub type AgentSessionPlane = DataPlane<AgentSessionServiceServer<()>>;
 

@@ -3,8 +3,8 @@
 //! - [`vmm`]: the seam to a VMM; [`qemu`] is the one behind it, [`accelerator`] says how it runs.
 //! - [`template`], [`initramfs`], [`layer`], [`pins`]: what a guest boots from, and how long it is kept.
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
-//! - [`home`], [`cgroup`], [`process`], [`console`]: what one VM has of this host.
-//! - [`guest_link`]: the way to a guest; [`graft`]: a snapshot's state in a VM that runs already.
+//! - [`home`], [`cgroup`], [`process`], [`console`], [`interfaces`]: what one VM has of this host.
+//! - [`guest_link`], [`outlet`]: the way to a guest; [`graft`]: a snapshot's state in a VM that runs already.
 //! - [`pages`], [`runs`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment,
 //!   on disk; [`capture`] takes it, [`shelf`] keeps those of sandboxes, [`stored`] that of one that hibernates.
 //! - [`writes`], [`userfaultfd`], [`pagemap_scan`], [`extents`], [`previous`]: what has changed since the capture before.
@@ -28,10 +28,12 @@ pub mod held;
 pub mod home;
 pub mod initramfs;
 pub mod instance;
+pub mod interfaces;
 pub mod layer;
 #[cfg(test)]
 mod mapped;
 pub mod objects;
+pub mod outlet;
 pub mod pagemap_scan;
 pub mod pages;
 pub mod parts;
@@ -60,6 +62,7 @@ use self::{
     cgroup::Cgroups,
     golden::Goldens,
     instance::Vm,
+    interfaces::Interfaces,
     objects::{Objects, depot::Depot},
     parts::{Parts, Places},
     qemu::Qemu,
@@ -69,6 +72,7 @@ use crate::{
     backend::{Backend, Captured, Instance, Scion, Whole},
     config::Config,
     microvm::{Kind, MakeError},
+    network::plan::Names,
 };
 
 /// The VMs of one host.
@@ -76,6 +80,8 @@ use crate::{
 pub struct Driver {
     places: Places,
     cgroups: Cgroups,
+    names: Names,
+    interfaces: Interfaces,
     source: Option<(Arc<Parts>, Arc<Goldens>)>,
     depot: Option<Arc<Depot>>,
     snapshots: bool,
@@ -91,13 +97,23 @@ impl Driver {
         let templates = template::find(&config.image_dir)?;
         let kernel = templates.first().map(template::Template::kernel);
         let accelerator = accelerator::choose(config.accelerator, kernel.as_deref()).await?;
-        let qemu = Qemu::find(accelerator).await?;
+        let qemu = Qemu::find(accelerator, config.network.is_some()).await?;
         let mut driver = Self::for_removal(&config.host_id, &config.data_dir)?;
+        let interfaces =
+            Interfaces::open(driver.names.clone(), &driver.places.homes, config.network.clone()).await;
+        driver.interfaces = interfaces.map_err(|error| {
+            let remedy = "as root, with nftables, or without a network by --network off";
+            io::Error::new(
+                error.kind(),
+                format!("cannot make the VMs' network: {error} (run the agent {remedy})"),
+            )
+        })?;
         let (places, cgroups) = (driver.places.clone(), driver.cgroups.clone());
         let parts = Arc::new(Parts::ready(
             Arc::new(qemu),
             places,
             cgroups,
+            driver.interfaces.clone(),
             &config.image_dir,
             templates,
             &config.guest_binary,
@@ -123,8 +139,19 @@ impl Driver {
         // Hosts of the same name may share a machine, if each has a directory of its own.
         let place = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
         let digest = Sha256::digest(place.as_os_str().as_encoded_bytes());
-        let cgroups = Cgroups::find(&format!("{host_id}-{}", hex::encode(&digest[..4])))?;
-        Ok(Self { places: Places::of(data_dir), cgroups, source: None, depot: None, snapshots: false })
+        let tag = hex::encode(&digest[..4]);
+        let cgroups = Cgroups::find(&format!("{host_id}-{tag}"))?;
+        let names = Names::new(&tag);
+        let interfaces = Interfaces::for_removal(names.clone());
+        Ok(Self {
+            places: Places::of(data_dir),
+            cgroups,
+            names,
+            interfaces,
+            source: None,
+            depot: None,
+            snapshots: false,
+        })
     }
 
     /// Gives up what is being made in the background.
@@ -135,6 +162,7 @@ impl Driver {
         if let Some(depot) = &self.depot {
             depot.close().await;
         }
+        self.interfaces.close().await;
     }
 
     /// What a call for a snapshot needs. An ID that cannot be one names none.
@@ -191,7 +219,7 @@ impl Backend for Driver {
 
     fn open(&self, vm: &str) -> Box<dyn Instance> {
         let home = home::Home::of(&self.places.homes, vm);
-        Box::new(Vm::new(home, self.cgroups.of(vm), self.source.clone()))
+        Box::new(Vm::new(home, self.cgroups.of(vm), self.interfaces.clone(), self.source.clone()))
     }
 
     fn grafts(&self, scion: Scion<'_>, kind: &Kind) -> bool {
@@ -275,7 +303,9 @@ impl Backend for Driver {
 
     async fn clean_up(&self) -> Result<(), MakeError> {
         let unpinned = self.parts().map_or(Ok(()), Parts::unpin_all);
-        let removed = unpinned.and_then(|()| self.places.remove()).and_then(|()| self.cgroups.clean_up());
+        let unlinked = self.interfaces.remove_all().await;
+        let removed =
+            unpinned.and(unlinked).and_then(|()| self.places.remove()).and_then(|()| self.cgroups.clean_up());
         removed.map_err(|error| MakeError::Backend(format!("cannot clean up: {error}")))
     }
 }

@@ -51,6 +51,8 @@ oc_mesh::fail_points! {
     /// Its process has ended.
     HIBERNATE_RELEASED = "agent.hibernate.released";
 
+    /// A VM has its network, and no VMM yet.
+    START_PLUGGED = "agent.start.plugged";
     /// The VMM of a VM that is made of a snapshot has been started.
     START_LAUNCHED = "agent.start.launched";
     /// Its memory is there.

@@ -7,6 +7,7 @@
 //! - [`workshop`], [`microvm`], [`journal`], [`tombstones`]: making one, step by step, so that a crash of the
 //!   agent at any step leaves what its next start finishes or undoes.
 //! - [`backend`]: the seam to what drives VMMs; [`driver`]: what does.
+//! - [`network`]: a namespace for each VM, and what it may reach from there.
 //! - [`cleanup`], [`lock`], [`data_image`]: leaving nothing behind; one agent per data directory, which may be on a filesystem
 //!   of its own.
 //! - [`capacity`], [`telemetry`], [`identity`]: what the host has, what is counted, what things are called.
@@ -27,6 +28,7 @@ pub mod journal;
 pub mod lock;
 pub mod membership;
 pub mod microvm;
+pub mod network;
 pub mod pool;
 pub mod rpc;
 pub mod telemetry;

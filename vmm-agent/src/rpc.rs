@@ -14,7 +14,7 @@ use oc_proto::{
         VerifySnapshotResponse, VmSize, VmState, WakeVmRequest, WakeVmResponse,
         agent_service_server::AgentService,
     },
-    v1::HibernationTier,
+    v1::{EgressPolicy, HibernationTier},
 };
 use tonic::{Request, Response, Status};
 
@@ -26,6 +26,7 @@ use crate::{
     identity::{Epoch, SandboxId},
     journal::{Owner, StartPath},
     microvm::{Kind, MakeError},
+    network::Egress,
     vm::{
         decide::{Denied, Phase},
         handle::VmError,
@@ -62,6 +63,12 @@ impl AgentService for AgentRpc {
         let sandbox = parse_sandbox(&request.sandbox_id)?;
         let owner = Owner { sandbox, epoch: Epoch(request.epoch) };
         let mut order = parse_order(request.template_id, request.size, request.envs)?;
+        order.egress = match EgressPolicy::try_from(request.egress) {
+            Ok(EgressPolicy::Unspecified | EgressPolicy::Open) => Egress::Open,
+            Ok(EgressPolicy::None) => Egress::Nothing,
+            // Of a later contract: it may only be stricter.
+            Err(_) => return Err(status(Reason::InvalidArgument, "egress is none of those this host knows")),
+        };
         order.source = request.snapshot.map(parse_source).transpose()?;
         let sandbox = owner.sandbox.clone();
         let path = self.host.create(owner, order).await.map_err(|error| vm_status(&error))?;
@@ -293,6 +300,7 @@ fn parse_order(
         disk_mb: u32::try_from(size.disk_mb)
             .map_err(|_| status(Reason::InvalidSize, "disk_mb must not be negative"))?,
         envs,
+        egress: Egress::Open,
         source: None,
     })
 }

@@ -85,6 +85,9 @@ pub enum Command {
     Shell(Box<ShellArguments>),
     /// Make ports of a sandbox ports of this machine, until Ctrl-C
     PortForward(PortForwardArguments),
+    /// Look at how sandboxes are connected
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Start agents in a sandbox, follow them and tell them what to do
     #[command(subcommand)]
     Agent(Box<AgentCommand>),
@@ -180,6 +183,25 @@ pub struct CreateArguments {
     /// Attached to the sandbox; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = name_and_value)]
     pub metadata: Vec<(String, String)>,
+    /// What it may reach: the internet, or nothing [default: open]
+    #[arg(long, value_enum)]
+    pub egress: Option<Egress>,
+}
+
+/// `oc network`.
+#[derive(Debug, Subcommand)]
+pub enum NetworkCommand {
+    /// Show what a sandbox has of a network
+    Show(OneSandbox),
+}
+
+/// What a sandbox may reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Egress {
+    /// The internet
+    Open,
+    /// Nothing
+    None,
 }
 
 /// `oc watch`.
@@ -357,6 +379,12 @@ pub struct UpArguments {
     /// Boot every sandbox: no golden snapshots, no clones, no pool
     #[arg(long)]
     pub no_snapshots: bool,
+    /// Whether sandboxes have a network
+    #[arg(long, value_enum, default_value_t = Network::On)]
+    pub network: Network,
+    /// Addresses sandboxes reach although they are private or reserved, never this machine's own; may be repeated
+    #[arg(long, value_name = "CIDR")]
+    pub network_allow: Vec<String>,
     /// What runs the microVMs
     #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
     pub accelerator: Accelerator,
@@ -369,6 +397,15 @@ pub struct UpArguments {
     /// Run in a session of its own and report to the `oc up --detach` that waits for it
     #[arg(long, hide = true)]
     pub detached: bool,
+}
+
+/// Whether sandboxes have a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Network {
+    /// They reach the internet
+    On,
+    /// They have none: this machine needs neither nftables nor network namespaces
+    Off,
 }
 
 /// What runs the microVMs.

@@ -9,6 +9,7 @@ pub mod exec;
 pub mod files;
 pub mod forks;
 pub mod keys;
+pub mod network;
 pub mod nodes;
 pub mod port_forward;
 pub mod remote_path;
@@ -51,6 +52,7 @@ pub async fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
         Command::PortForward(arguments) => {
             port_forward::run(&connect(&global).await?, arguments, output).await?;
         }
+        Command::Network(command) => network::run(&connect(&global).await?, command, output).await?,
         Command::Agent(command) => return agents::run(&global, *command, output).await,
         Command::Files(command) => files::run(&global, command, output).await?,
         Command::Keys(command) => keys::run(&connect(&global).await?, command, output).await?,

@@ -6,8 +6,9 @@ use oc_proto::v1::{
     agent_session_service_client::AgentSessionServiceClient,
     checkpoint_service_client::CheckpointServiceClient, exec_service_client::ExecServiceClient,
     file_service_client::FileServiceClient, file_url_service_client::FileUrlServiceClient,
-    key_service_client::KeyServiceClient, node_service_client::NodeServiceClient,
-    port_service_client::PortServiceClient, sandbox_service_client::SandboxServiceClient,
+    key_service_client::KeyServiceClient, network_service_client::NetworkServiceClient,
+    node_service_client::NodeServiceClient, port_service_client::PortServiceClient,
+    sandbox_service_client::SandboxServiceClient,
 };
 use tonic::{
     Request, Status,
@@ -92,6 +93,11 @@ impl Connection {
     /// Files.
     pub fn files(&self) -> FileServiceClient<Authenticated> {
         FileServiceClient::new(self.authenticated()).max_decoding_message_size(MESSAGE_BYTES)
+    }
+
+    /// How sandboxes are connected.
+    pub fn networks(&self) -> NetworkServiceClient<Authenticated> {
+        NetworkServiceClient::new(self.authenticated())
     }
 
     /// URLs of files.

@@ -40,6 +40,7 @@ shown!(
     CreateUploadUrlResponse,
     ExecSession,
     FileInfo,
+    Network,
     ForkCheckpointResponse,
     ForkSandboxResponse,
     GetExecResultResponse,

@@ -65,6 +65,7 @@ const STORE: &Table = &[
 
 const WAKE: &Table = &[
     (agent::HIBERNATE_RELEASED, &[Agent, Error]),
+    (agent::START_PLUGGED, &[Agent, Error]),
     (agent::START_LAUNCHED, &[Agent, Vmm, Error]),
     (agent::START_PAGED, &[Agent, Vmm, Error]),
     (agent::START_LOADED, &[Agent, Vmm, Error]),
@@ -108,6 +109,7 @@ const FORK: &Table = &[
     (agent::SNAPSHOT_RENAMED, &[Agent]),
     (agent::CREATE_HOME, &[Agent, Error]),
     (agent::CREATE_LAYER, &[Agent, Error]),
+    (agent::START_PLUGGED, &[Agent, Error]),
     (agent::START_LAUNCHED, &[Agent, Vmm, Error]),
     (agent::START_PAGED, &[Agent, Vmm]),
     (agent::START_LOADED, &[Agent, Vmm, Error]),

@@ -13,6 +13,7 @@ mod grafts;
 mod hibernation;
 mod host;
 mod main_job;
+mod network;
 mod ports;
 mod refusals;
 mod sessions;
@@ -69,8 +70,12 @@ fn main() -> ExitCode {
             an_agent_that_dies_ends_alone;
         clones:
             clones_are_strangers_to_each_other,
-            a_clone_knows_the_time,
-            a_sandbox_reaches_no_other_and_no_host;
+            a_clone_knows_the_time;
+        network:
+            a_sandbox_reaches_the_world_and_goes_on_to,
+            a_sandbox_that_may_reach_nothing_does_not,
+            a_hostile_sandbox_reaches_nothing_that_it_should_not,
+            a_mesh_without_a_network_is_of_use;
         hibernation:
             a_sandbox_wakes_where_it_was,
             any_call_wakes_a_sandbox,

@@ -158,6 +158,7 @@ impl Checkpoints {
             checkpoint: Some(checkpoint),
             tenant: sandbox.tenant.clone(),
             envs: sandbox.envs.clone(),
+            egress: sandbox.egress,
             deleting: false,
             retention_policy: order.policy,
             object_store_id: String::new(),

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use oc_mesh::{caller::Caller, token::TokenSigner, view::View};
 use oc_proto::{
     mesh::{HostRecord, SandboxRecord, StartPath},
-    v1::{Sandbox, SandboxState},
+    v1::{EgressPolicy, Sandbox, SandboxState},
 };
 
 use crate::{activity::Activity, lifecycle, refusal::Refusal};
@@ -66,6 +66,12 @@ impl Presenter {
             forked_from: record.forked_from.clone(),
             renewed: record.renewed.clone(),
             stored_bytes: record.stored_bytes,
+            egress: match record.egress() {
+                // Of a record from before there was a network.
+                EgressPolicy::Unspecified => EgressPolicy::Open,
+                egress => egress,
+            }
+            .into(),
             is_uploaded: state == SandboxState::Hibernated && !record.stored_snapshot_id.is_empty(),
         }
     }

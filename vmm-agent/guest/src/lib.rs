@@ -23,6 +23,7 @@ pub mod files;
 pub mod freeze;
 mod host_keys;
 pub mod identity;
+pub mod network;
 pub mod port;
 pub mod ports;
 pub mod refusal;

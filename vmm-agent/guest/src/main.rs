@@ -20,6 +20,10 @@ fn run() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
         return Err("it is PID 1 of a microVM, or nothing".into());
     }
     let disk = oc_guest::boot::boot()?;
+    if let Err(error) = oc_guest::network::configure() {
+        // It is of use without one, too.
+        eprintln!("oc-guest: no network: {error}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // A clone finds its snapshot's threads waiting: making one costs an emulated guest milliseconds.

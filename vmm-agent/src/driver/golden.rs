@@ -210,6 +210,7 @@ async fn find_or_make(parts: &Arc<Parts>, kind: &Kind, cancel: CancellationToken
     };
     let removed = async {
         cgroup.destroy().await?;
+        parts.interfaces.unplug(&home).await.map_err(io::Error::other)?;
         durable::remove(home.dir())
     };
     if let Err(error) = removed.await {

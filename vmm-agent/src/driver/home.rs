@@ -20,6 +20,7 @@ use fs_err::{self as fs, os::unix::fs::chown};
 use sha2::{Digest as _, Sha256};
 
 use super::{durable, layer, snapshot::digests_of};
+use crate::network::Egress;
 
 /// First of 2^28 user IDs that nobody else uses: systemd's list of reserved ranges (UIDS-GIDS.md) leaves 1879048192 and up
 /// to 2147483647 unassigned.
@@ -35,6 +36,10 @@ pub const GUEST: &str = "guest.sock";
 /// The name of the socket that leads to the VMM's stub for debuggers.
 pub const DEBUG: &str = "debug.sock";
 
+/// The number of its network's namespace.
+const NETWORK: &str = "network";
+/// There if the VM may reach nothing.
+const NO_EGRESS: &str = "no-egress";
 /// The state of its devices, while its VMM writes it.
 const SAVED: &str = "saved.bin";
 /// The state of its devices, while its VMM reads it.
@@ -89,6 +94,60 @@ impl Home {
     /// What the capture before has left of the disk.
     pub fn previous_disk(&self) -> PathBuf {
         self.dir.join("previous-disk")
+    }
+
+    /// The number of the namespace that its VMM has its network in, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn network(&self) -> io::Result<Option<u32>> {
+        match fs::read_to_string(self.dir.join(NETWORK)) {
+            // One that was not written whole was not used.
+            Ok(number) => Ok(number.trim().parse().ok()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes down that its VMM has its network in the namespace of that number.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn note_network(&self, number: u32) -> io::Result<()> {
+        fs::write(self.dir.join(NETWORK), format!("{number}\n"))
+    }
+
+    /// Forgets the namespace.
+    ///
+    /// # Errors
+    ///
+    /// If it resists.
+    pub fn forget_network(&self) -> io::Result<()> {
+        durable::remove(&self.dir.join(NETWORK))
+    }
+
+    /// What the VM may reach, whenever it runs.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn egress(&self) -> io::Result<Egress> {
+        Ok(if self.dir.join(NO_EGRESS).try_exists()? { Egress::Nothing } else { Egress::Open })
+    }
+
+    /// Writes down what the VM may reach.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn note_egress(&self, egress: Egress) -> io::Result<()> {
+        match egress {
+            Egress::Open => durable::remove(&self.dir.join(NO_EGRESS)),
+            // There for good before anything runs: after a loss of power it is not open instead.
+            Egress::Nothing => durable::write(&self.dir.join(NO_EGRESS), 0o600, |_| Ok(())),
+        }
     }
 
     /// Makes the directory.

@@ -18,6 +18,8 @@ use super::{
     durable,
     golden::Goldens,
     home::Home,
+    interfaces::Interfaces,
+    outlet::Outlet,
     parts::{Bootable, Parts},
     previous,
     running::{self, CloneError, Running},
@@ -30,6 +32,7 @@ use crate::{
     fail,
     identity::SandboxId,
     microvm::{Kind, MakeError},
+    network::Egress,
     telemetry,
 };
 
@@ -38,6 +41,7 @@ use crate::{
 pub struct Vm {
     home: Home,
     cgroup: Cgroup,
+    interfaces: Interfaces,
     /// What can make it run; absent where VMs are only removed.
     source: Option<(Arc<Parts>, Arc<Goldens>)>,
     running: Option<Running>,
@@ -47,10 +51,15 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// The VM in `home`, with the group `cgroup`.
-    pub fn new(home: Home, cgroup: Cgroup, source: Option<(Arc<Parts>, Arc<Goldens>)>) -> Self {
+    /// The VM in `home`, with the group `cgroup` and one of the `interfaces`.
+    pub fn new(
+        home: Home,
+        cgroup: Cgroup,
+        interfaces: Interfaces,
+        source: Option<(Arc<Parts>, Arc<Goldens>)>,
+    ) -> Self {
         let stored = Stored::of(home.clone());
-        Self { home, cgroup, source, running: None, stored, capture: None }
+        Self { home, cgroup, interfaces, source, running: None, stored, capture: None }
     }
 
     fn source(&self) -> Result<(Arc<Parts>, Arc<Goldens>), MakeError> {
@@ -106,6 +115,10 @@ fn base_of<'a>(parts: &'a Parts, origin: &Origin) -> Result<&'a Bootable, MakeEr
 impl Instance for Vm {
     async fn create(&mut self) -> Result<(), MakeError> {
         running::on_disk(&self.home, Home::create).await
+    }
+
+    async fn restrict(&mut self, egress: Egress) -> Result<(), MakeError> {
+        self.interfaces.restrict(&self.home, egress).await
     }
 
     async fn restore(&mut self, kind: &Kind) -> Result<(), MakeError> {
@@ -221,6 +234,8 @@ impl Instance for Vm {
             }
             Scion::Stored(vm) => {
                 let stored = parts.home(vm);
+                let egress = running::on_disk(&stored, Home::egress).await?;
+                self.interfaces.restrict(&self.home, egress).await?;
                 let place = Place::stored(&stored);
                 let from = place.clone();
                 let take = move |home: &Home| {
@@ -253,6 +268,7 @@ impl Instance for Vm {
             .await
             .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
         self.running = None;
+        self.interfaces.unplug(&self.home).await?;
         fail::pass(fail::HIBERNATE_RELEASED, self.home.vm())?;
         // A capture of it that was given up ends.
         let _nobody_writes = self.stored.write().await;
@@ -346,7 +362,9 @@ impl Instance for Vm {
     }
 
     fn guest(&self) -> Option<Guest> {
-        self.running.as_ref().map(|running| BoxCloneSyncService::new(running.link.clone()))
+        let running = self.running.as_ref()?;
+        let outlet = Outlet::new(running.link.clone(), self.home.clone(), self.interfaces.clone());
+        Some(BoxCloneSyncService::new(outlet))
     }
 
     fn exit(&self) -> BoxFuture<'static, ()> {
@@ -373,6 +391,7 @@ impl Instance for Vm {
             .destroy()
             .await
             .map_err(|error| MakeError::Backend(format!("cannot end its processes: {error}")))?;
+        self.interfaces.unplug(&self.home).await?;
         self.capture = None;
         let _nobody_writes = self.stored.write().await;
         running::on_disk(&self.home, |home| durable::remove(home.dir())).await?;

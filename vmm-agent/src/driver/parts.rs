@@ -20,6 +20,7 @@ use super::{
     durable,
     home::Home,
     initramfs::{self, Initramfs},
+    interfaces::Interfaces,
     layer,
     pins::Pins,
     shelf::Shelf,
@@ -111,6 +112,8 @@ pub struct Parts {
     pub places: Places,
     /// The VMs' groups.
     pub cgroups: Cgroups,
+    /// The VMs' networks.
+    pub interfaces: Interfaces,
     /// The snapshots of sandboxes' VMs.
     pub shelf: Shelf,
     /// Files of snapshots that were found whole.
@@ -134,6 +137,7 @@ impl Parts {
         vmm: Arc<dyn Vmm>,
         places: Places,
         cgroups: Cgroups,
+        interfaces: Interfaces,
         image_dir: &Path,
         templates: Vec<Template>,
         guest_binary: &Path,
@@ -173,8 +177,19 @@ impl Parts {
             needed.iter().any(|origin| origin.template_digest == template.digest)
         })?;
         let empty_layer = OnceCell::new();
-        let parts =
-            Self { vmm, places, cgroups, shelf, verified, bootables, kept, empty_layer, processor, pins };
+        let parts = Self {
+            vmm,
+            places,
+            cgroups,
+            interfaces,
+            shelf,
+            verified,
+            bootables,
+            kept,
+            empty_layer,
+            processor,
+            pins,
+        };
         parts.sweep_cache(&needed)?;
         Ok(parts)
     }

@@ -47,21 +47,22 @@ pub struct Qemu {
     accelerator: Accelerator,
     tsc_khz: u64,
     preload: Option<File>,
+    has_network: bool,
 }
 
 impl Qemu {
-    /// Finds out which QEMU there is.
+    /// Finds out which QEMU there is. Whether VMs have a network is part of what they are: a snapshot knows its devices.
     ///
     /// # Errors
     ///
     /// If there is none.
-    pub async fn find(accelerator: Accelerator) -> io::Result<Self> {
+    pub async fn find(accelerator: Accelerator, has_network: bool) -> io::Result<Self> {
         let preload = preload();
         if let Err(reason) = &preload {
             warn!(%reason, "captures of a sandbox will cost what it changed since it was started");
         }
         let (version, tsc_khz) = (version().await?, tsc::measure_khz().await);
-        Ok(Self { version, accelerator, tsc_khz, preload: preload.ok() })
+        Ok(Self { version, accelerator, tsc_khz, preload: preload.ok(), has_network })
     }
 }
 
@@ -113,7 +114,9 @@ impl Vmm for Qemu {
     fn snapshot_key(&self) -> String {
         // All that the command line is made of stands in that file.
         let arguments = hex::encode(&Sha256::digest(include_str!("qemu/arguments.rs"))[..8]);
-        format!("{} {} {} {arguments}", self.version, self.accelerator.option(), self.accelerator.cpu())
+        let network = if self.has_network { "network" } else { "none" };
+        let (option, cpu) = (self.accelerator.option(), self.accelerator.cpu());
+        format!("{} {option} {cpu} {network} {arguments}", self.version)
     }
 
     fn overhead_bytes(&self) -> u64 {
@@ -140,7 +143,8 @@ impl Vmm for Qemu {
             debug: debug.as_ref(),
         };
         let arguments = model.arguments();
-        let inherited = [Some(control), Some(guest), debug].into_iter().flatten().map(Into::into).collect();
+        let sockets = [Some(control), Some(guest), debug].into_iter().flatten().map(Into::into);
+        let inherited = sockets.chain(launch.network.map(|network| network.fd)).collect();
         let entrances = launch.cgroup.entrances().map_err(VmmError::Start)?;
         let preload = self.preload.as_ref().map(File::try_clone).transpose().map_err(VmmError::Start)?;
         let (uid, console) = (launch.home.uid(), launch.console);

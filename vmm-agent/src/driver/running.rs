@@ -216,6 +216,8 @@ impl Running {
         };
         on_disk(home, ready).await?;
         parts.create_group(cgroup, kind)?;
+        let network = telemetry::step("network", parts.interfaces.plug(home)).await?;
+        fail::pass(fail::START_PLUGGED, home.vm())?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;
         let launch = Launch {
             home,
@@ -226,6 +228,7 @@ impl Running {
             rootfs: &bootable.template.rootfs(),
             memory,
             start,
+            network,
             console: writer,
         };
         match telemetry::step("launch", parts.vmm.launch(launch)).await {

@@ -17,7 +17,7 @@ use std::{
 };
 
 use super::{cgroup::Cgroup, home::Home, process::Process};
-use crate::{backend::Condition, microvm::Kind};
+use crate::{backend::Condition, microvm::Kind, network::Interface};
 
 /// Why a VMM does not do what it is told.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +108,8 @@ pub struct Launch<'a> {
     pub memory: Memory,
     /// What it does first.
     pub start: Start,
+    /// Its network, if it gets one.
+    pub network: Option<Interface>,
     /// Where its console and its own messages go.
     pub console: OwnedFd,
 }

@@ -14,6 +14,7 @@ use crate::{
     fail,
     journal::{Owner, Stage, StartPath},
     microvm::{Identity, Kind, MakeError, MicroVm},
+    network::Egress,
     pool::{Pool, PutOff},
     telemetry,
     vm::tier::Paused,
@@ -45,6 +46,8 @@ pub struct Order {
     pub disk_mb: u32,
     /// Environment of every command.
     pub envs: HashMap<String, String>,
+    /// What it may reach.
+    pub egress: Egress,
     /// The snapshot that it begins with, if any.
     pub source: Option<Source>,
 }
@@ -244,6 +247,7 @@ impl Starter {
             let microvm = slot.insert(microvm);
             let claim = async {
                 microvm.enter(Stage::Claimed(owner.clone()))?;
+                microvm.instance().restrict(order.egress).await?;
                 microvm.resume().await?;
                 self.hand_over(owner, order, microvm, StartPath::Warm).await
             };
@@ -258,6 +262,7 @@ impl Starter {
             for _ in 0..CLONE_ATTEMPTS {
                 let restore = async {
                     let microvm = self.workshop.create(Stage::Claimed(owner.clone()), slot).await?;
+                    microvm.instance().restrict(order.egress).await?;
                     self.workshop.restore(&order.kind, microvm).await?;
                     microvm.resume().await?;
                     self.hand_over(owner, order, microvm, StartPath::Clone).await
@@ -270,6 +275,7 @@ impl Starter {
         }
         let boot = async {
             let microvm = self.workshop.create(Stage::Claimed(owner.clone()), slot).await?;
+            microvm.instance().restrict(order.egress).await?;
             self.workshop.boot(&order.kind, microvm).await?;
             self.hand_over(owner, order, microvm, StartPath::Cold).await
         };
@@ -295,6 +301,7 @@ impl Starter {
             let microvm = slot.insert(microvm);
             let graft = async {
                 microvm.enter(Stage::Claimed(owner.clone()))?;
+                microvm.instance().restrict(order.egress).await?;
                 microvm.instance().graft(Scion::Snapshot(&source.snapshot_id), &order.kind).await?;
                 fail::pass(fail::CREATE_GRAFTED, microvm.id())?;
                 microvm.resume().await?;
@@ -308,6 +315,7 @@ impl Starter {
         for _ in 0..CLONE_ATTEMPTS {
             let start = async {
                 let microvm = self.workshop.create(Stage::Claimed(owner.clone()), slot).await?;
+                microvm.instance().restrict(order.egress).await?;
                 let id = &source.snapshot_id;
                 if source.disk_only {
                     telemetry::step("boot", microvm.instance().boot_snapshot(id, &order.kind)).await?;

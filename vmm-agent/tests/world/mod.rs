@@ -32,6 +32,7 @@ use oc_vmm_agent::{
     identity::{Epoch, SandboxId},
     journal::Owner,
     microvm::{Kind, MakeError},
+    network::Egress,
     pool::{Pool, Settings},
     vm::{start::Order, tier::Policy},
     workshop::Workshop,
@@ -90,6 +91,8 @@ pub struct World {
 #[derive(Debug, Default)]
 pub struct FakeVm {
     pub process: Option<Process>,
+    /// What it may reach.
+    pub egress: Egress,
     /// Grows whenever its guest may have written to it.
     disk: Arc<AtomicUsize>,
     /// What is stored of its memory: its sandbox, and the disk that it was stored with.
@@ -301,6 +304,14 @@ impl Instance for FakeInstance {
         self.world.step().await;
         self.world.vms.lock().insert(self.id.clone(), FakeVm::default());
         self.world.step().await;
+        Ok(())
+    }
+
+    async fn restrict(&mut self, egress: Egress) -> Result<(), MakeError> {
+        self.world.step().await;
+        if let Some(vm) = self.world.vms.lock().get_mut(&self.id) {
+            vm.egress = egress;
+        }
         Ok(())
     }
 
@@ -721,7 +732,13 @@ pub fn kind() -> Kind {
 }
 
 pub fn order() -> Order {
-    Order { kind: kind(), disk_mb: 20480, envs: HashMap::from([("A".into(), "b".into())]), source: None }
+    Order {
+        kind: kind(),
+        disk_mb: 20480,
+        envs: HashMap::from([("A".into(), "b".into())]),
+        egress: Egress::Open,
+        source: None,
+    }
 }
 
 pub fn owner(sandbox: &str, epoch: u64) -> Owner {

@@ -5,12 +5,12 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use oc_proto::v1::{
-    CreateSandboxRequest, DeleteSandboxRequest, GetSandboxRequest, HibernateSandboxRequest,
+    CreateSandboxRequest, DeleteSandboxRequest, EgressPolicy, GetSandboxRequest, HibernateSandboxRequest,
     ListSandboxesRequest, Sandbox, SandboxState, SetTimeoutRequest, WakeSandboxRequest,
 };
 
 use crate::{
-    arguments::CreateArguments,
+    arguments::{CreateArguments, Egress},
     connection::{CALL_TIMEOUT, Connection, within},
     failure::Failure,
     json,
@@ -40,6 +40,12 @@ pub async fn create(
         disk_mb: arguments.disk.unwrap_or_default(),
         envs: arguments.env.into_iter().collect(),
         metadata: arguments.metadata.into_iter().collect(),
+        egress: match arguments.egress {
+            None => EgressPolicy::Unspecified,
+            Some(Egress::Open) => EgressPolicy::Open,
+            Some(Egress::None) => EgressPolicy::None,
+        }
+        .into(),
     };
     let mut sandboxes = connection.sandboxes();
     let answer = sandboxes.create_sandbox(within(CREATE_TIMEOUT, request));
@@ -178,6 +184,7 @@ fn details(sandbox: &Sandbox) -> String {
         ("uploaded", if sandbox.is_uploaded { "yes" } else { "" }.to_owned()),
         ("from checkpoint", sandbox.from_checkpoint_id.clone()),
         ("forked from", sandbox.forked_from.clone()),
+        ("egress", json::enum_word("EgressPolicy", sandbox.egress().as_str_name())),
         ("host", sandbox.worker_id.clone()),
         ("region", sandbox.region.clone()),
         ("accelerator", sandbox.accelerator.clone()),

@@ -11,7 +11,10 @@ use std::{
 
 use clap::ValueEnum as _;
 
-use crate::{arguments::UpArguments, failure::Failure};
+use crate::{
+    arguments::{Network, UpArguments},
+    failure::Failure,
+};
 
 use super::{key::ApiKey, layout::Layout};
 
@@ -50,6 +53,8 @@ pub struct Plan {
     pub own_store: bool,
     store: String,
     image_dir: PathBuf,
+    has_network: bool,
+    network_allow: String,
     guest_binary: PathBuf,
     max_sandboxes: Option<u32>,
     paused_for: Option<u32>,
@@ -122,6 +127,8 @@ impl Plan {
             paused_for: arguments.paused_for,
             data_image_mb: arguments.data_image_mb,
             no_snapshots: arguments.no_snapshots,
+            has_network: arguments.network == Network::On,
+            network_allow: arguments.network_allow.join(","),
             object_store,
             is_object_store_elsewhere: arguments.object_store.is_some(),
             public_url: arguments.public_url.clone(),
@@ -171,6 +178,12 @@ impl Plan {
         agent.number("--max-sandboxes", self.max_sandboxes);
         agent.number("--paused-for", self.paused_for);
         agent.number("--data-image-mb", self.data_image_mb);
+        if !self.has_network {
+            agent.option("--network", "off");
+        }
+        if !self.network_allow.is_empty() {
+            agent.option("--network-allow", &self.network_allow);
+        }
         if self.no_snapshots {
             agent.words.push("--no-snapshots".into());
         }

@@ -2,6 +2,7 @@
 //!
 //! - [`floor`]: QEMU alone, with none of our code.
 //! - [`create`], [`calls`], [`transfer`], [`memory`], [`streams`], [`crowd`]: one subject each.
+//! - [`network`]: what it adds to a create, how many there can be, and what passes through one.
 //! - [`captures`], [`curve`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
 
@@ -14,6 +15,7 @@ mod crowd;
 mod curve;
 mod floor;
 mod memory;
+mod network;
 mod streams;
 mod table;
 mod timed;
@@ -32,7 +34,7 @@ use self::table::Table;
 struct Arguments {
     /// Subjects to measure, beside the floor; all where none is named
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "idle", "agents", "captures", "curve", "crowd"])]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "idle", "agents", "network", "captures", "curve", "crowd"])]
     only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
@@ -84,6 +86,9 @@ async fn main() -> anyhow::Result<()> {
     };
     if wanted("crowd") {
         crowd::measure(&mut table, arguments.creates).await.context("crowd")?;
+    }
+    if wanted("network") {
+        network::measure(&mut table).await.context("network")?;
     }
     for (name, value) in machine()? {
         table.fact(name, &value);

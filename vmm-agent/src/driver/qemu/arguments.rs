@@ -5,7 +5,10 @@ use std::{
     path::Path,
 };
 
-use crate::driver::vmm::{Launch, Memory, Start};
+use crate::{
+    driver::vmm::{Launch, Memory, Start},
+    network::plan,
+};
 
 /// The node of the writable layer's device.
 pub const LAYER_NODE: &str = "layer";
@@ -118,6 +121,12 @@ impl Machine<'_> {
         add("-device", format!("virtio-serial-device,max_ports=2,id={PORTS_DEVICE}"));
         add("-chardev", socket("guest", self.guest));
         add("-device", format!("virtserialport,chardev=guest,name={PORT_NAME}"));
+        if let Some(network) = &launch.network {
+            add("-netdev", format!("tap,id=network,fd={}", network.fd.as_raw_fd()));
+            let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
+            // Nobody has to be told that a guest is at another place: its neighbours are pinned.
+            add("-device", format!("virtio-net-device,netdev=network,mac={mac},guest_announce=off"));
+        }
         add("-chardev", socket("control", self.control));
         add("-mon", "chardev=control,mode=control".into());
         if let Some(debug) = self.debug {
@@ -145,6 +154,17 @@ impl Machine<'_> {
         // What every switch of tasks and every exec would pay for, and a guest without policies has no use for:
         // accounting of stalls, and security modules beside those that its own programs use.
         line.push_str(" psi=0 lsm=landlock,yama");
+        if self.launch.network.is_some() {
+            let mac = plan::GATEWAY_MAC.map(|byte| format!("{byte:02x}")).join(":");
+            line.push_str(&format!(
+                " oc.net={}/30,{} oc.net={}/64,{} oc.gateway-mac={mac} oc.dns={}",
+                plan::GUEST,
+                plan::GATEWAY,
+                plan::GUEST6,
+                plan::GATEWAY6,
+                plan::DNS
+            ));
+        }
         if self.accelerator == Accelerator::Tcg {
             // The counter is the host's. Nothing is there to check it against, and on a busy host a check would fail.
             line.push_str(&format!(" tsc_early_khz={} tsc=reliable", self.tsc_khz));

@@ -1,0 +1,389 @@
+//! What a sandbox reaches, and what it does not whatever it tries. Each test has a mesh and a world of its own.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Instant,
+};
+
+use anyhow::{Context as _, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use oc_integration::{
+    mesh::{Mesh, eventually, succeeded},
+    rest::Sandbox,
+    world::{PORT, World},
+};
+use serde_json::{Value, json};
+
+use crate::{checkpoints, hibernation::hibernate};
+
+/// Where guests ask for names (vmm-agent/src/network/plan.rs).
+const DNS: &str = "198.18.0.53";
+
+/// Who the world sees when a sandbox connects to `address`, or that it does not come through.
+async fn reach(sandbox: &Sandbox, address: &str) -> anyhow::Result<String> {
+    reach_port(sandbox, address, PORT).await
+}
+
+async fn reach_port(sandbox: &Sandbox, address: &str, port: u16) -> anyhow::Result<String> {
+    let script = format!(
+        "timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} || exit 1; read -t 4 -r from <&3; echo ${{from:-open}}' 2>/dev/null \
+         || echo shut"
+    );
+    Ok(sandbox.run(&script).await?.trim().to_owned())
+}
+
+/// Answers every question at `at` with the address `with`; ends with the test's process.
+fn resolver(at: Ipv4Addr, with: Ipv4Addr) -> anyhow::Result<()> {
+    let socket = UdpSocket::bind((at, 53)).with_context(|| format!("{at} port 53"))?;
+    thread::spawn(move || {
+        let mut buffer = [0; 512];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            let question = &buffer[..length];
+            // The name ends with an empty label; type and class follow (RFC 1035, 4.1.2).
+            let Some(end) = question[12..].iter().position(|byte| *byte == 0).map(|at| 12 + at + 5) else {
+                continue;
+            };
+            let is_a = question[end - 4..end] == [0, 1, 0, 1];
+            let mut answer = [&question[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]].concat();
+            answer.extend_from_slice(&question[12..end]);
+            if is_a {
+                answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
+                answer.extend_from_slice(&with.octets());
+            }
+            let _ = socket.send_to(&answer, from);
+        }
+    });
+    Ok(())
+}
+
+/// Namespaces of VMs, of all meshes: a test asks for those that are there beyond others' by their difference.
+fn namespaces(mesh: &Mesh) -> anyhow::Result<BTreeSet<String>> {
+    let used = fs::read_dir(mesh.state().join("agent/vms"))?.filter_map(|home| {
+        let number = fs::read_to_string(home.ok()?.path().join("network")).ok()?;
+        Some(number.trim().to_owned())
+    });
+    Ok(used.collect())
+}
+
+pub async fn a_sandbox_reaches_the_world_and_goes_on_to(_: Arc<Mesh>) -> anyhow::Result<()> {
+    let world = World::make()?;
+    let directory = tempfile::tempdir()?;
+    let conf = directory.path().join("resolv.conf");
+    let (first, second) = (Ipv4Addr::new(127, 53, 7, 1), Ipv4Addr::new(127, 53, 7, 2));
+    let public: Ipv4Addr = world.public.parse()?;
+    resolver(first, public)?;
+    resolver(second, Ipv4Addr::new(25, 1, 2, 3))?;
+    fs::write(&conf, format!("nameserver {first}\n"))?;
+    let (four, six) = (format!("{}/32", world.excepted), format!("{}/128", world.excepted6));
+    let options =
+        ["--pool-size", "1", "--paused-for", "0", "--network-allow", &four, "--network-allow", &six];
+    let conf = conf.to_str().context("a path")?;
+    let mesh = Mesh::start_in(None, &options, &[("OC_RESOLV_CONF", conf)])?;
+    let rest = mesh.rest();
+    let sandbox = rest.create(json!({ "timeout": 0 })).await?;
+    assert_eq!(sandbox.facts["egress"], "open", "{}", sandbox.facts);
+
+    reaches_all(&world, &sandbox).await?;
+    // Names, by whom the host asks at the moment.
+    assert!(sandbox.run("getent ahostsv4 world.test").await?.contains(&world.public));
+    fs::write(conf, format!("nameserver {second}\n"))?;
+    eventually("names are asked for elsewhere", async || {
+        let found = sandbox.run("getent ahostsv4 other.test").await?;
+        ensure!(found.contains("25.1.2.3"), "{found}");
+        Ok(())
+    })
+    .await?;
+    fs::write(conf, format!("nameserver {first}\n"))?;
+    // Much of it, whole.
+    let script =
+        format!("exec 3<>/dev/tcp/{}/{PORT}; read -r from <&3; echo 1000000 >&3; wc -c <&3", world.public);
+    assert_eq!(sandbox.run(&format!("bash -c '{script}'")).await?.trim(), "1000000");
+
+    let network = rest.get(&sandbox.path("/network")).await?.expect(200)?.json();
+    let (sent, received) = (network["sentBytes"].as_u64(), network["receivedBytes"].as_u64());
+    assert!(sent > Some(1000) && received > Some(1_000_000), "{network}");
+    assert_eq!((&network["isConnected"], &network["egress"]), (&json!(true), &json!("open")), "{network}");
+    let mut show = mesh.oc();
+    show.args(["network", "show", &sandbox.id]);
+    let shown = succeeded(show)?;
+    assert!(shown.contains("198.18.0.2") && shown.contains(DNS), "{shown}");
+
+    // What is put to sleep, woken and forked goes on with the same address, in another namespace.
+    let address = "ip -o -4 address show dev eth0 | awk '{print $4}'";
+    assert_eq!(sandbox.run(address).await?, "198.18.0.2/30\n");
+    hibernate(&rest, &sandbox).await?;
+    eventually("only the clone that waits has one", async || {
+        let used = namespaces(&mesh)?;
+        ensure!(used.len() == 1, "{used:?}");
+        Ok(())
+    })
+    .await?;
+    reaches_all(&world, &sandbox).await?;
+    let path = sandbox.get().await?.json()["startPath"].clone();
+    assert_eq!(path, "memory");
+    let mut forked = checkpoints::fork(&rest, &sandbox.path("/fork"), json!({ "mode": "live" })).await?;
+    let child = forked.remove(0);
+    reaches_all(&world, &child).await?;
+    reaches_all(&world, &sandbox).await?;
+
+    // An agent that dies leaves them as they are, and the next one has them.
+    let agent = mesh.running_pid("vmm-agent").await?;
+    kill(Pid::from_raw(agent), Signal::SIGKILL)?;
+    eventually("the next agent", async || {
+        ensure!(mesh.pid("vmm-agent")? != agent, "the same");
+        reaches_all(&world, &sandbox).await
+    })
+    .await?;
+    assert!(sandbox.run("getent ahostsv4 world.test").await?.contains(&world.public));
+    child.delete().await?;
+    sandbox.delete().await?;
+    eventually("namespaces are given back", async || {
+        let used = namespaces(&mesh)?;
+        ensure!(used.len() <= 1, "{used:?}");
+        Ok(())
+    })
+    .await?;
+    mesh.stop()
+}
+
+async fn reaches_all(world: &World, sandbox: &Sandbox) -> anyhow::Result<()> {
+    assert_eq!(reach(sandbox, &world.public).await?, world.public_of_host, "the world sees the host");
+    assert_ne!(reach(sandbox, &world.excepted).await?, "shut");
+    assert_ne!(reach(sandbox, &world.excepted6).await?, "shut");
+    assert_eq!(reach(sandbox, &world.private).await?, "shut");
+    Ok(())
+}
+
+pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::Result<()> {
+    let world = World::make()?;
+    let four = format!("{}/32", world.excepted);
+    let options = ["--pool-size", "1", "--paused-for", "0", "--network-allow", &four];
+    let mesh = Mesh::start(&options)?;
+    let rest = mesh.rest();
+    let refused = rest.post("/api/sandboxes", json!({ "egress": "some" })).await?;
+    assert_eq!(refused.status, 400);
+    // From the pool, and as a clone of its own.
+    let mut closed = Vec::new();
+    for _ in 0..2 {
+        closed.push(rest.create(json!({ "timeout": 0, "egress": "none" })).await?);
+    }
+    let open = rest.create(json!({ "timeout": 0 })).await?;
+    assert_eq!(reach(&open, &world.public).await?, world.public_of_host);
+    let checkpoint = checkpoints::checkpoint(&rest, &closed[0], json!({ "name": "it" })).await?;
+    for body in [json!({ "mode": "live" }), json!({})] {
+        closed.extend(checkpoints::fork(&rest, &checkpoints::of(&checkpoint, "/fork"), body).await?);
+    }
+    hibernate(&rest, &closed[0]).await?;
+    for sandbox in &closed {
+        assert_eq!(sandbox.get().await?.json()["egress"], "none");
+        for address in [&world.public, &world.excepted] {
+            assert_eq!(reach(sandbox, address).await?, "shut", "{address}");
+        }
+        assert_eq!(reach_port(sandbox, DNS, 53).await?, "shut");
+        assert_eq!(
+            sandbox.run("ping -c 1 -W 3 198.18.0.1 > /dev/null && echo up").await?,
+            "up\n",
+            "it has a link"
+        );
+    }
+    mesh.stop()
+}
+
+/// Run as the guest's root: packets that are not its own, by every way that a kernel has.
+const FORGER: &str = r#"
+import socket, struct, sys
+server, server6, port, gateway_mac = sys.argv[1], sys.argv[2], int(sys.argv[3]), bytes.fromhex('026f63000001')
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+raw.bind(('eth0', 0))
+own = bytes.fromhex('026f63000002')
+def checksum(data):
+    total = sum(struct.unpack('!%dH' % (len(data) // 2), data))
+    while total >> 16: total = (total & 0xffff) + (total >> 16)
+    return ~total & 0xffff
+def udp4(source, text):
+    body = struct.pack('!HHHH', 4444, port, 8 + len(text), 0) + text
+    head = struct.pack('!BBHHHBBH4s4s', 0x45, 0, 20 + len(body), 1, 0, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(server))
+    return head[:10] + struct.pack('!H', checksum(head)) + head[12:] + body
+def udp6(source, text):
+    pack = lambda a: socket.inet_pton(socket.AF_INET6, a)
+    length = 8 + len(text)
+    pseudo = pack(source) + pack(server6) + struct.pack('!IxxxB', length, 17)
+    body = struct.pack('!HHHH', 4444, port, length, 0) + text
+    pad = b'\0' * (len(body) % 2)
+    body = body[:6] + struct.pack('!H', checksum(pseudo + body + pad)) + body[8:]
+    return struct.pack('!IHBB', 6 << 28, length, 17, 64) + pack(source) + pack(server6) + body
+def frame(mac, kind, payload, to=gateway_mac): raw.send(to + mac + struct.pack('!H', kind) + payload)
+frame(own, 0x800, udp4('198.18.0.2', b'honest'))
+frame(own, 0x86dd, udp6('fdb7:1e5c:c00::2', b'honest6.'))
+for source in ['198.18.0.3', '198.18.0.1', '10.213.0.1', '127.0.0.1', '8.8.8.8', '0.0.0.0', '198.19.0.3']:
+    frame(own, 0x800, udp4(source, b'forged ' + source.encode()))
+for source in ['fdb7:1e5c:c00::3', 'fe80::1', '2001:4860::1', '::1', 'fdb7:1e5c:c00:1::3']:
+    frame(own, 0x86dd, udp6(source, b'forged6 ' + source.encode()))
+frame(bytes.fromhex('026f63000009'), 0x800, udp4('198.18.0.2', b'forged mac'))
+# In a VLAN's clothes.
+frame(own, 0x8100, struct.pack('!HH', 1, 0x800) + udp4('198.18.0.9', b'forged vlan'))
+# "The gateway's, the resolver's and the host's addresses are mine."
+for address in ['198.18.0.1', '198.18.0.53', '198.19.0.2', '198.18.0.2']:
+    claimed = bytes.fromhex('026f63000009')
+    arp = struct.pack('!HHBBH6s4s6s4s', 1, 0x800, 6, 4, 2, claimed, socket.inet_aton(address), gateway_mac, socket.inet_aton('198.18.0.1'))
+    frame(claimed, 0x806, arp); frame(own, 0x806, arp); frame(own, 0x806, arp, b'\xff' * 6)
+claim = lambda a: socket.inet_pton(socket.AF_INET6, a)
+for address in ['fdb7:1e5c:c00::2', 'fdb7:1e5c:c00::1']:
+    body = struct.pack('!BBHI', 136, 0, 0, 0x60000000) + claim(address) + b'\x02\x01' + bytes.fromhex('026f63000009')
+    pseudo = claim('fdb7:1e5c:c00::2') + claim('fdb7:1e5c:c00::1') + struct.pack('!IxxxB', len(body), 58)
+    body = body[:2] + struct.pack('!H', checksum(pseudo + body)) + body[4:]
+    head = struct.pack('!IHBB', 6 << 28, len(body), 58, 255) + claim('fdb7:1e5c:c00::2') + claim('fdb7:1e5c:c00::1')
+    frame(own, 0x86dd, head + body)
+frame(own, 0x800, udp4('198.18.0.2', b'done'))
+"#;
+
+/// Run in the guest: as many conversations as it can begin.
+const CROWD: &str = r"
+import socket, sys
+for number in range(300):
+    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    one.sendto(b'crowd %d' % number, (sys.argv[1], int(sys.argv[2])))
+    one.close()
+";
+
+pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) -> anyhow::Result<()> {
+    let world = World::make()?;
+    let (four, six) = (format!("{}/32", world.excepted), format!("{}/128", world.excepted6));
+    let options = ["--pool-size", "2", "--network-allow", &four, "--network-allow", &six];
+    let limits = [("OC_NETWORK_CONNECTIONS", "64"), ("OC_NETWORK_MBIT", "8")];
+    let mesh = Mesh::start_in(None, &options, &limits)?;
+    let rest = mesh.rest();
+    let (hostile, other) =
+        tokio::try_join!(rest.create(json!({ "timeout": 0 })), rest.create(json!({ "timeout": 0 })))?;
+    other.run("python3 -m http.server 8000 --bind :: > /dev/null 2>&1 &").await?;
+    let services = TcpListener::bind("[::]:0")?;
+    let service = services.local_addr()?.port();
+    let gateway: u16 = mesh.url.rsplit(':').next().context("a port")?.parse()?;
+    assert_eq!(reach(&hostile, &world.public).await?, world.public_of_host, "it does reach the world");
+    assert_ne!(reach(&hostile, &world.excepted6).await?, "shut", "by IPv6, too");
+
+    // No service of this host by any of its addresses, of which one is of the internet and one beside what is excepted.
+    let addresses = addresses_of_host()?;
+    assert!(addresses.contains(&world.public_of_host), "{addresses:?}");
+    let mut targets: Vec<(String, u16)> = Vec::new();
+    for address in addresses {
+        targets.extend([(address.clone(), service), (address, gateway)]);
+    }
+    // No other sandbox, by the addresses that lead to it where it is; nothing of what is between.
+    for address in ["198.19.0.2", "198.19.0.3", "198.19.0.5", "198.19.0.7", "198.19.0.9", "198.18.0.2"] {
+        targets.push((address.into(), 8000));
+    }
+    for (address, port) in [("198.18.0.1", 53), (DNS, 22), ("198.18.0.1", 22), ("198.18.128.2", service)] {
+        targets.push((address.into(), port));
+    }
+    // Nothing private, even where somebody answers; no metadata, nothing reserved.
+    targets.extend([(world.private.clone(), PORT), (world.private6.clone(), PORT)]);
+    for address in [
+        "169.254.169.254",
+        "10.0.0.1",
+        "172.16.0.1",
+        "192.168.0.1",
+        "100.64.0.1",
+        "192.0.2.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "0.0.0.0",
+        "fd00:ec2::254",
+        "fe80::1%eth0",
+        "ff02::1%eth0",
+        "::ffff:10.0.0.1",
+        "64:ff9b::a9fe:a9fe",
+        "2002:a9fe:a9fe::1",
+    ] {
+        targets.push((address.into(), 80));
+    }
+    let found = scan(&hostile, &targets).await?;
+    assert!(found.is_empty(), "it reaches {found:?}");
+
+    // Nobody is taken for somebody else.
+    hostile.put("forger.py", FORGER).await?.expect(204)?;
+    let forge = format!("python3 /home/sandbox/forger.py {} {} {PORT}", world.excepted, world.excepted6);
+    hostile.run_as_root(&forge).await?;
+    eventually("what is honest arrives", async || {
+        let seen: Vec<_> = world.datagrams().into_iter().map(|(_, text)| text).collect();
+        let has = |text: &[u8]| seen.iter().any(|one| one == text);
+        ensure!(has(b"honest") && has(b"honest6.") && has(b"done"), "{seen:?}");
+        Ok(())
+    })
+    .await?;
+    let forged: Vec<_> =
+        world.datagrams().into_iter().filter(|(_, text)| text.starts_with(b"forged")).collect();
+    assert!(forged.is_empty(), "{forged:?}");
+    assert_eq!(reach(&hostile, &world.public).await?, world.public_of_host, "its way is as it was");
+    assert_eq!(reach(&other, &world.public).await?, world.public_of_host, "and so is the other's");
+
+    // No more than its share: a megabyte each second.
+    let script =
+        format!("exec 3<>/dev/tcp/{}/{PORT}; read -r from <&3; echo 3000000 >&3; wc -c <&3", world.public);
+    let begun = Instant::now();
+    assert_eq!(hostile.run(&format!("bash -c '{script}'")).await?.trim(), "3000000");
+    let took = begun.elapsed().as_secs_f64();
+    assert!(took > 1.5, "3 MB at 8 Mbit/s took {took} s");
+
+    // And no more conversations than it may have.
+    hostile.put("crowd.py", CROWD).await?.expect(204)?;
+    hostile.run(&format!("python3 crowd.py {} {PORT}", world.excepted)).await?;
+    let crowd = || world.datagrams().into_iter().filter(|(_, text)| text.starts_with(b"crowd")).count();
+    eventually("the first of them", async || {
+        ensure!(crowd() > 30, "{}", crowd());
+        Ok(())
+    })
+    .await?;
+    assert_eq!(reach(&hostile, &world.public).await?, "shut", "one more is too many");
+    assert!(crowd() <= 64, "{} conversations", crowd());
+    assert_eq!(reach(&other, &world.public).await?, world.public_of_host, "the other has its own share");
+    mesh.stop()
+}
+
+/// Every address of this machine but those that only lead to itself.
+fn addresses_of_host() -> anyhow::Result<Vec<String>> {
+    let mut command = Command::new("ip");
+    command.args(["-o", "address", "show", "scope", "global"]);
+    let text = succeeded(command)?;
+    let addresses = text.lines().filter_map(|line| {
+        let address = line.split_whitespace().nth(3)?.split('/').next()?;
+        address.parse::<IpAddr>().ok().map(|address| address.to_string())
+    });
+    Ok(addresses.collect())
+}
+
+/// Which of the targets take a connection, tried all at once.
+async fn scan(sandbox: &Sandbox, targets: &[(String, u16)]) -> anyhow::Result<Vec<String>> {
+    let targets: Vec<_> = targets.iter().map(|(address, port)| json!([address, port])).collect();
+    let script = format!(
+        "import socket, threading\n\
+         def attempt(address, port):\n    \
+             try:\n        \
+                 socket.create_connection((address, port), 5).close()\n        \
+                 print(address, port)\n    \
+             except OSError: pass\n\
+         threads = [threading.Thread(target=attempt, args=one) for one in {}]\n\
+         [thread.start() for thread in threads]; [thread.join() for thread in threads]\n",
+        Value::Array(targets)
+    );
+    sandbox.put("scan.py", script).await?.expect(204)?;
+    Ok(sandbox.run("python3 scan.py").await?.lines().map(str::to_owned).collect())
+}
+
+pub async fn a_mesh_without_a_network_is_of_use(_: Arc<Mesh>) -> anyhow::Result<()> {
+    let mesh = Mesh::start(&["--pool-size", "0", "--network", "off"])?;
+    let sandbox = mesh.rest().create(json!({})).await?;
+    assert_eq!(sandbox.run("ls /sys/class/net").await?, "lo\n");
+    let network = mesh.rest().get(&sandbox.path("/network")).await?.expect(200)?.json();
+    assert_eq!(network["isConnected"], false, "{network}");
+    mesh.stop()
+}

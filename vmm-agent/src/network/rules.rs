@@ -1,0 +1,220 @@
+//! What may pass: the packet filter of a VM's namespace, of the agent's and of the host, in nft's own language (nft(8)).
+//!
+//! Nothing of it changes while a VM runs but the sets of what it may reach. It is loaded when a namespace is made, ahead of
+//! its use.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    process::{Command, Stdio},
+};
+
+use ipnet::IpNet;
+
+use super::{
+    Settings,
+    plan::{DNS, GATEWAY, GATEWAY6, GUEST, GUEST_MAC, GUEST6, Names, Pair, TAP, UP},
+};
+
+/// What is not the internet: the registries of special addresses (RFC 6890), and what is multicast or reserved.
+const NOT_THE_INTERNET: &str = "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, \
+     192.0.0.0/24, 192.0.2.0/24, 192.88.99.0/24, 192.168.0.0/16, 198.18.0.0/15, 198.51.100.0/24, 203.0.113.0/24, \
+     224.0.0.0/3";
+/// Of IPv6 all that is not global unicast, and in that what leads to IPv4 addresses by another name (Teredo, 6to4), ORCHIDs
+/// and addresses for documentation.
+const NOT_THE_INTERNET6: &str = "::/3, 2001::/23, 2001:db8::/32, 2002::/16, 3fff::/20, 4000::/2, 8000::/1";
+/// New connections of a VM each second.
+const NEW_PER_SECOND: u32 = 500;
+/// Questions for names of a VM each second.
+const NAMES_PER_SECOND: u32 = 200;
+
+/// The filter of a VM's namespace.
+pub fn of_vm(settings: &Settings) -> String {
+    let [a, b, c, d, e, f] = GUEST_MAC;
+    let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    let bytes = u64::from(settings.mbit) * 1_000_000 / 8;
+    let rate = format!("limit rate over {bytes} bytes/second burst {} bytes counter drop", bytes / 4);
+    let connections = settings.connections;
+    let (allowed4, allowed6) = allowed(&settings.allow);
+    format!(
+        r#"
+table netdev oc {{
+    # Who a guest says that it is. Its neighbours are pinned, so that nobody needs to ask for them.
+    chain guest {{
+        type filter hook ingress device "{TAP}" priority 0; policy drop;
+        ether saddr != {mac} counter drop
+        ether type ip ip saddr {GUEST} accept
+        ether type ip6 ip6 saddr {GUEST6} accept
+        ether type arp arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {GUEST} arp daddr ip {GATEWAY} accept
+        counter
+    }}
+}}
+table inet oc {{
+    # Where the guest may go: the policy is these three. What the operator has excepted, and what is not the internet.
+    set egress4 {{ type ipv4_addr; flags interval; }}
+    set egress6 {{ type ipv6_addr; flags interval; }}
+    set resolvers {{ type ipv4_addr; }}
+    set allowed4 {{ type ipv4_addr; flags interval; auto-merge; {allowed4} }}
+    set allowed6 {{ type ipv6_addr; flags interval; auto-merge; {allowed6} }}
+    set denied4 {{ type ipv4_addr; flags interval; elements = {{ {NOT_THE_INTERNET} }} }}
+    set denied6 {{ type ipv6_addr; flags interval; elements = {{ {NOT_THE_INTERNET6} }} }}
+    chain forward {{
+        type filter hook forward priority filter; policy drop;
+        iifname "{TAP}" {rate}
+        oifname "{TAP}" {rate}
+        ct state invalid drop
+        ct state established,related accept
+        iifname != "{TAP}" drop
+        limit rate over {NEW_PER_SECOND}/second burst {NEW_PER_SECOND} packets counter drop
+        ct count over {connections} counter drop
+        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 limit rate {NAMES_PER_SECOND}/second burst {NAMES_PER_SECOND} packets accept
+        ip daddr != @egress4 counter reject with icmpx admin-prohibited
+        ip6 daddr != @egress6 counter reject with icmpx admin-prohibited
+        ip daddr @allowed4 accept
+        ip6 daddr @allowed6 accept
+        ip daddr @denied4 counter reject with icmpx admin-prohibited
+        ip6 daddr @denied6 counter reject with icmpx admin-prohibited
+        accept
+    }}
+    # Nobody answers here but to a ping of the gateway.
+    chain input {{
+        type filter hook input priority filter; policy drop;
+        ct state established,related accept
+        iifname "{UP}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+        iifname "{TAP}" ip daddr {GATEWAY} icmp type echo-request limit rate 50/second accept
+        iifname "{TAP}" ip6 daddr {GATEWAY6} icmpv6 type echo-request limit rate 50/second accept
+    }}
+    chain source {{
+        type nat hook postrouting priority srcnat;
+        oifname "{UP}" masquerade
+    }}
+}}
+{}"#,
+        everything()
+    )
+}
+
+fn allowed(nets: &[IpNet]) -> (String, String) {
+    let elements = |is_wanted: fn(&IpNet) -> bool| {
+        let mut list = String::new();
+        for net in nets.iter().filter(|net| is_wanted(net)) {
+            let separator = if list.is_empty() { "elements = { " } else { ", " };
+            let _ = write!(list, "{separator}{}", net.trunc());
+        }
+        if list.is_empty() { list } else { list + " }" }
+    };
+    (elements(|net| net.addr().is_ipv4()), elements(|net| net.addr().is_ipv6()))
+}
+
+/// Lets a VM reach all that is not denied.
+pub fn everything() -> String {
+    format!(
+        "{NOTHING}add element inet oc egress4 {{ 0.0.0.0/0 }}\nadd element inet oc egress6 {{ ::/0 }}\n\
+         add element inet oc resolvers {{ {DNS} }}\n"
+    )
+}
+
+/// Lets a VM reach nothing: what fills the sets of its policy again is another policy.
+pub const NOTHING: &str =
+    "flush set inet oc egress4\nflush set inet oc egress6\nflush set inet oc resolvers\n";
+
+/// The filter of an agent's own namespace: each VM may go to the world, and none to another.
+pub fn of_hub() -> String {
+    format!(
+        r#"
+table inet oc {{
+    chain forward {{
+        type filter hook forward priority filter; policy drop;
+        ct state established,related accept
+        iifname "v*" oifname "{UP}" accept
+    }}
+    chain input {{
+        type filter hook input priority filter; policy drop;
+        ct state established,related accept
+        icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+        iifname "v*" ip daddr {DNS} meta l4proto {{ tcp, udp }} th dport 53 accept
+    }}
+    chain source {{
+        type nat hook postrouting priority srcnat;
+        oifname "{UP}" masquerade
+    }}
+}}
+"#
+    )
+}
+
+/// What the host adds to its own filter for the agent whose namespace it is linked to by `pair`: no way to itself, no way in.
+/// Replaces what was there of it.
+pub fn of_host(names: &Names, pair: &Pair) -> String {
+    let (table, link) = (names.table(), names.link());
+    let (far, far6) = (pair.far, pair.far6);
+    format!(
+        r#"
+table inet {table} {{ }}
+delete table inet {table}
+table inet {table} {{
+    chain input {{
+        type filter hook input priority filter - 5; policy accept;
+        iifname "{link}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+        iifname "{link}" counter drop
+    }}
+    chain forward {{
+        type filter hook forward priority filter - 5; policy accept;
+        iifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
+        oifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
+        oifname "{link}" ct state established,related accept
+        oifname "{link}" drop
+    }}
+    chain source {{
+        type nat hook postrouting priority srcnat;
+        ip saddr {far} oifname != "{link}" masquerade
+        ip6 saddr {far6} oifname != "{link}" masquerade
+    }}
+}}
+"#
+    )
+}
+
+/// Removes the host's part.
+pub fn without_host(names: &Names) -> String {
+    let table = names.table();
+    format!("table inet {table} {{ }}\ndelete table inet {table}\n")
+}
+
+/// Loads `rules` in the namespace of this thread, all or nothing.
+///
+/// # Errors
+///
+/// What nft says.
+pub fn load(rules: &str) -> io::Result<()> {
+    let nft = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut nft = nft.map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot run nft: {error}; install nftables"))
+    })?;
+    let written = nft.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(rules.as_bytes()));
+    let output = nft.wait_with_output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(format!("nft: {}", said.trim())));
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exceptions_are_sorted_into_their_sets() {
+        let nets = ["192.168.7.9/24", "fd00::/8", "10.0.0.1/32"].map(|net| net.parse().unwrap());
+        let (four, six) = allowed(&nets);
+        assert_eq!(four, "elements = { 192.168.7.0/24, 10.0.0.1/32 }");
+        assert_eq!(six, "elements = { fd00::/8 }");
+        assert_eq!(allowed(&[]), (String::new(), String::new()));
+    }
+}
