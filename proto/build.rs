@@ -12,6 +12,7 @@ const FILES: &[&str] = &[
     "oc/v1/key.proto",
     "oc/v1/node.proto",
     "oc/v1/port.proto",
+    "oc/v1/preview.proto",
     "oc/v1/sandbox.proto",
     "oc/mesh/v1/agent.proto",
     "oc/mesh/v1/guest.proto",

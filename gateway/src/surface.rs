@@ -45,6 +45,7 @@ const SERVICES: &[(&str, Access, Backend)] = &[
     ("KeyService", Access::Admin, Backend::Scheduler),
     ("NodeService", Access::Admin, Backend::Scheduler),
     ("PortService", Access::Sandbox, Backend::Host),
+    ("PreviewService", Access::Tenant, Backend::Scheduler),
     ("SandboxService", Access::Tenant, Backend::Scheduler),
 ];
 

@@ -89,6 +89,7 @@ pub fn draft(id: &SandboxId, tenant: &str, order: Order, now: SystemTime) -> San
         envs: order.envs,
         metadata: order.metadata,
         timeout: order.timeout,
+        preview_token_hash: order.preview_token_hash,
         created_at: Some(now.into()),
         active_at: Some(now.into()),
         ..Default::default()

@@ -46,6 +46,8 @@ shown!(
     HibernateSandboxResponse,
     Key,
     Node,
+    Preview,
+    RotatePreviewAuthResponse,
     RunResponse,
     Sandbox,
     SandboxEvent,

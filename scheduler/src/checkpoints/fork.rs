@@ -100,6 +100,7 @@ impl Checkpoints {
             timeout: validate::DEFAULT_TIMEOUT,
             envs: record.envs.clone(),
             metadata: Default::default(),
+            preview_token_hash: record.preview_token_hash.clone(),
         };
         let order = validate::fork_order(of, wanted.timeout, wanted.envs, wanted.metadata)?;
         let elsewhere = like_of(&record, wanted.is_cold);
@@ -163,6 +164,7 @@ impl Checkpoints {
             timeout: sandbox.timeout,
             envs: sandbox.envs.clone(),
             metadata: Default::default(),
+            preview_token_hash: sandbox.preview_token_hash.clone(),
         };
         let order = validate::fork_order(of, wanted.timeout, wanted.envs, wanted.metadata)?;
         let snapshot_id = sandbox_id::random(PREFIX).map_err(|error| Refusal::Internal(error.to_string()))?;

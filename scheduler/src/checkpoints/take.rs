@@ -158,6 +158,7 @@ impl Checkpoints {
             checkpoint: Some(checkpoint),
             tenant: sandbox.tenant.clone(),
             envs: sandbox.envs.clone(),
+            preview_token_hash: sandbox.preview_token_hash.clone(),
             deleting: false,
             retention_policy: order.policy,
             object_store_id: String::new(),
