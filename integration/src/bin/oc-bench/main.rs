@@ -1,7 +1,7 @@
 //! `make bench`: what the mesh takes, beside what the VMM alone takes, measured here and now. Prints Markdown.
 //!
 //! - [`floor`]: QEMU alone, with none of our code.
-//! - [`create`], [`calls`], [`transfer`], [`memory`], [`streams`], [`crowd`]: one subject each.
+//! - [`create`], [`calls`], [`transfer`], [`memory`], [`streams`], [`previews`], [`crowd`]: one subject each.
 //! - [`captures`], [`curve`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
 
@@ -13,6 +13,7 @@ mod crowd;
 mod curve;
 mod floor;
 mod memory;
+mod previews;
 mod streams;
 mod table;
 mod timed;
@@ -31,7 +32,7 @@ use self::table::Table;
 struct Arguments {
     /// Subjects to measure, beside the floor; all where none is named
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "captures", "curve", "crowd"])]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "previews", "captures", "curve", "crowd"])]
     only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
@@ -65,6 +66,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("streams") {
         streams::measure(&mesh, &mut table).await.context("streams")?;
+    }
+    if wanted("previews") {
+        previews::measure(&mesh, &mut table).await.context("previews")?;
     }
     mesh.stop()?;
     let ours = match wanted("captures") {
