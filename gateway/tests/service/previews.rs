@@ -345,8 +345,10 @@ async fn ports_that_misbehave_are_told_and_none_hangs() {
     ] {
         let (port, _tasks) = says(bytes).await;
         let asked = request(&mesh, false, &host(SANDBOX, port), "/", &[], Body::empty());
-        let response = client(false).request(asked).await.unwrap();
-        assert!(response.into_body().collect().await.is_err());
+        // It may break before its head is on the way.
+        if let Ok(response) = client(false).request(asked).await {
+            assert!(response.into_body().collect().await.is_err());
+        }
     }
     // One of HTTP/1.0 ends its answer by its end.
     let (port, _tasks) = says(b"HTTP/1.0 200 OK\r\n\r\nwhole").await;
