@@ -13,6 +13,7 @@ const FILES: &[&str] = &[
     "oc/v1/node.proto",
     "oc/v1/network.proto",
     "oc/v1/port.proto",
+    "oc/v1/preview.proto",
     "oc/v1/sandbox.proto",
     "oc/mesh/v1/agent.proto",
     "oc/mesh/v1/guest.proto",

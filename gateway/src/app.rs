@@ -29,6 +29,7 @@ use crate::{
     exchange::{Ending, Exchange},
     grpc::{self, local::Local},
     listener::leftover,
+    preview::{self, Previews},
     rest::{self, Rest, answer},
     sandboxes::Sandboxes,
     surface::Surface,
@@ -47,6 +48,7 @@ pub struct App {
     pub(crate) local: Local,
     pub(crate) budget: Budget,
     pub(crate) websockets: WebSockets,
+    pub(crate) previews: Previews,
     origins: AllowedOrigins,
     readiness: Readiness,
     public_url: String,
@@ -62,6 +64,10 @@ pub struct Settings {
     pub max_requests: usize,
     /// Limits of WebSockets, which are no requests any more once they were answered.
     pub websockets: ws::Limits,
+    /// Domain under which ports of sandboxes are shown.
+    pub preview_domain: String,
+    /// Limits of previews.
+    pub previews: preview::Limits,
     /// Origins whose pages may use it; `*` among them for any.
     pub allowed_origins: Vec<String>,
 }
@@ -113,6 +119,14 @@ impl App {
         let records = View::start(store.clone(), keys::SANDBOXES, ended.clone()).await?;
         let hosts = View::start(store.clone(), keys::HOSTS, ended.clone()).await?;
         let schedulers = View::start(store.clone(), keys::SCHEDULERS, ended.clone()).await?;
+        let domains = View::start(store.clone(), keys::PREVIEW_DOMAINS, ended.clone()).await?;
+        let previews = Previews::new(
+            &settings.preview_domain,
+            &settings.public_url,
+            domains,
+            settings.previews,
+            ended.clone(),
+        );
         let tokens = TokenVerifier::start(store.clone(), ended).await?;
         let readiness = Readiness {
             keys: keys.clone(),
@@ -135,6 +149,7 @@ impl App {
             local,
             budget: Budget::default(),
             websockets: WebSockets::new(settings.websockets),
+            previews,
             origins,
             readiness,
             public_url: settings.public_url,
@@ -150,7 +165,11 @@ impl App {
         let origin = cors::origin(&request);
         let (request, leftover) = leftover::keep(request);
 
-        if let Some(response) = self.probe(&exchange, &request) {
+        // Every path of a preview is its port's own, our probes' too.
+        let place = self.previews.hosts.place(&request);
+        if place.is_none()
+            && let Some(response) = self.probe(&exchange, &request)
+        {
             return ending.follow(response, None);
         }
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
@@ -160,7 +179,13 @@ impl App {
                 if grpc::is_call(request.headers()) { error.into_http() } else { answer::error(&error) };
             return ending.follow(response, None);
         };
-        let response = if grpc::is_call(request.headers()) {
+        let response = if let Some(place) = place {
+            let response = preview::proxy::serve(&self, &exchange, place, request).await;
+            if is_http1 && response.status().is_client_error() | response.status().is_server_error() {
+                leftover.discard().await;
+            }
+            response
+        } else if grpc::is_call(request.headers()) {
             grpc::serve(&self, &exchange, request).await
         } else if let Some(refused) = self.origins.refuse(&request) {
             refused
@@ -189,6 +214,7 @@ impl App {
             admin,
             sandbox,
             public_url: self.public_url.clone(),
+            preview_domain: self.previews.domain().to_owned(),
             request_id: exchange.request_id.clone(),
         }
     }

@@ -1,8 +1,10 @@
 //! How the gateway is told what to do: flags, or variables of the environment.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Parser;
+
+use crate::tls::Files;
 
 /// The edge of a sandbox cloud: authentication, REST and gRPC on one port.
 #[derive(Debug, Clone, Parser)]
@@ -25,6 +27,33 @@ pub struct Config {
     #[arg(long, env = "OC_ID", value_name = "NAME")]
     pub id: Option<String>,
 
+    /// Certificate chain, PEM: the gateway then speaks TLS alone. Read again when it changes.
+    #[arg(long, env = "OC_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Its key, PEM.
+    #[arg(long, env = "OC_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Directory with a pair for each host name that has a certificate of its own: `NAME.crt` and `NAME.key`, `_.` for `*.`.
+    #[arg(long, env = "OC_TLS_DIR", value_name = "DIR", requires = "tls_cert")]
+    pub tls_dir: Option<PathBuf>,
+
+    /// Domain under which ports of sandboxes are reached, as `{sandboxID}-p{port}.{domain}`. All names under it must lead to
+    /// this gateway.
+    #[arg(
+        long,
+        env = "OC_PREVIEW_DOMAIN",
+        value_name = "DOMAIN",
+        default_value = crate::preview::DEFAULT_DOMAIN,
+        value_parser = domain
+    )]
+    pub preview_domain: String,
+
+    /// Connections at the same time; more wait to be accepted.
+    #[arg(long, env = "OC_MAX_CONNECTIONS", value_name = "N", default_value_t = 16_384)]
+    pub max_connections: usize,
+
     /// Requests that are answered at the same time; more are refused as `OVERLOADED`.
     #[arg(long, env = "OC_MAX_REQUESTS", value_name = "N", default_value_t = 4096)]
     pub max_requests: usize,
@@ -45,6 +74,15 @@ pub struct Config {
     pub allowed_origins: Vec<String>,
 }
 
+impl Config {
+    /// Where certificates are, if there are any.
+    #[must_use]
+    pub fn tls_files(&self) -> Option<Files> {
+        let (certificate, key) = (self.tls_cert.clone()?, self.tls_key.clone()?);
+        Some(Files { certificate, key, directory: self.tls_dir.clone() })
+    }
+}
+
 /// An absolute `http` or `https` URL, without the slash at its end: paths are appended to it.
 fn public_url(text: &str) -> Result<String, String> {
     let text = text.trim_end_matches('/');
@@ -52,6 +90,18 @@ fn public_url(text: &str) -> Result<String, String> {
     match (uri.scheme_str(), uri.authority(), uri.query()) {
         (Some("http" | "https"), Some(_), None) => Ok(text.to_owned()),
         _ => Err("must be an absolute http or https URL without a query".to_owned()),
+    }
+}
+
+/// A host name, in lower case.
+fn domain(text: &str) -> Result<String, String> {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+    };
+    match text.len() <= 200 && text.split('.').all(is_label) {
+        true => Ok(text.to_owned()),
+        false => Err("must be a host name in lower case".to_owned()),
     }
 }
 

@@ -1,9 +1,9 @@
 //! The gateway: the edge of the mesh. It authenticates callers, projects the contract onto REST, and passes gRPC
 //! through, all on one port. It keeps nothing that a restart would lose, so any number of them may run.
 //!
-//! A request's way, in reading order: [`listener`] accepts it, [`app`] sends it to [`rest`] or [`grpc`], [`surface`]
+//! A request's way, in reading order: [`listener`] accepts it, by [`tls`] if there are certificates, [`app`] sends it to [`rest`] or [`grpc`], [`surface`]
 //! says who may call what, [`auth`] who is calling, [`sandboxes`] which host a sandbox is on, and [`upstream`]
-//! makes the call. [`ws`] attaches WebSockets to sessions. [`exchange`] logs and counts requests. [`compat`] holds what
+//! makes the call. [`preview`] passes requests on to ports of sandboxes. [`ws`] attaches WebSockets to sessions. [`exchange`] logs and counts requests. [`compat`] holds what
 //! published clients expect and the contract cannot say.
 
 pub mod config;
@@ -11,6 +11,7 @@ pub mod run;
 
 pub mod app;
 pub mod listener;
+pub mod tls;
 
 pub mod auth;
 pub mod sandboxes;
@@ -19,6 +20,7 @@ pub mod upstream;
 
 pub mod compat;
 pub mod grpc;
+pub mod preview;
 pub mod rest;
 pub mod ws;
 

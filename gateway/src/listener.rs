@@ -1,26 +1,33 @@
-//! The listener: HTTP/1.1 and HTTP/2 without TLS on one port, with limits on everything that a peer can make large
+//! The listener: HTTP/1.1 and HTTP/2, with TLS or without, on one port, with limits on everything that a peer can make large
 //! or slow.
 
 pub mod leftover;
 mod sniff;
 
-use std::{convert::Infallible, io, pin::pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use hyper::service::service_fn;
+use http::Request;
+use hyper::{
+    body::Incoming,
+    rt::{Read, Write},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::graceful::{GracefulShutdown, Watcher},
 };
+use rustls::ServerConfig;
 use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use self::sniff::Protocol;
-use crate::app::App;
+use crate::{app::App, preview::Peer};
 
 /// Limits of one listener.
 #[derive(Debug, Clone)]
@@ -63,25 +70,36 @@ const SEND_BUFFER: usize = 1 << 20;
 /// A peer that does not answer a ping for this long is gone.
 const PING: Duration = Duration::from_secs(20);
 
-/// Accepts connections until `stop`, then lets the requests under way end.
-pub async fn serve(listener: TcpListener, app: Arc<App>, limits: Limits, stop: CancellationToken) {
+/// Accepts connections until `stop`, by TLS if `tls` says how, then lets the requests under way end.
+pub async fn serve(
+    listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
+    app: Arc<App>,
+    limits: Limits,
+    stop: CancellationToken,
+) {
+    let tls = tls.map(TlsAcceptor::from);
     let connections = Arc::new(Semaphore::new(limits.max_connections));
     let graceful = GracefulShutdown::new();
     let mut tasks = JoinSet::new();
     loop {
-        let (stream, permit) = tokio::select! {
+        let (stream, peer, permit) = tokio::select! {
             () = stop.cancelled() => break,
             accepted = accept(&listener, &connections) => accepted,
             // Reaped as they end, so that the set does not grow.
             Some(_) = tasks.join_next() => continue,
         };
-        let connection =
-            Connection { app: Arc::clone(&app), watcher: graceful.watcher(), limits: limits.clone() };
+        let connection = Connection {
+            app: Arc::clone(&app),
+            tls: tls.clone(),
+            watcher: graceful.watcher(),
+            limits: limits.clone(),
+        };
         let stop = stop.clone();
         tasks.spawn(async move {
             let _permit = permit;
             metrics::gauge!("oc_gateway_connections").increment(1);
-            connection.serve(stream, stop).await;
+            connection.serve(stream, peer, stop).await;
             metrics::gauge!("oc_gateway_connections").decrement(1);
         });
     }
@@ -93,6 +111,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, limits: Limits, stop: C
         graceful.shutdown().await;
         while tasks.join_next().await.is_some() {}
         websockets.websockets.ended().await;
+        websockets.previews.ended().await;
     };
     if tokio::time::timeout(limits.drain, ended).await.is_err() {
         tracing::warn!(connections = tasks.len(), "requests were still under way at the end of the drain");
@@ -104,12 +123,12 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, limits: Limits, stop: C
 async fn accept(
     listener: &TcpListener,
     connections: &Arc<Semaphore>,
-) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+) -> (TcpStream, SocketAddr, Option<OwnedSemaphorePermit>) {
     // The semaphore is never closed.
     let permit = Arc::clone(connections).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, permit),
+            Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) => {
                 // Out of file descriptors, most likely: it passes when connections end.
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -129,26 +148,55 @@ fn set_options(stream: &TcpStream) -> io::Result<()> {
 
 struct Connection {
     app: Arc<App>,
+    tls: Option<TlsAcceptor>,
     watcher: Watcher,
     limits: Limits,
 }
 
 impl Connection {
-    async fn serve(self, stream: TcpStream, stop: CancellationToken) {
+    async fn serve(self, stream: TcpStream, peer: SocketAddr, stop: CancellationToken) {
         if let Err(error) = set_options(&stream) {
             tracing::debug!(%error, "a connection's options could not be set");
         }
+        let peer = Peer { address: peer.ip().to_canonical(), is_tls: self.tls.is_some() };
+        let within = self.limits.header_timeout;
+        if let Some(acceptor) = self.tls.clone() {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                accepted = tokio::time::timeout(within, acceptor.accept(stream)) => accepted,
+            };
+            let stream = match accepted {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, peer = %peer.address, "no TLS");
+                    return;
+                }
+                Err(_) => return,
+            };
+            let protocol = match stream.get_ref().1.alpn_protocol() {
+                Some(b"h2") => Protocol::Http2,
+                _ => Protocol::Http1,
+            };
+            return self.speak(TokioIo::new(stream), protocol, peer, stop).await;
+        }
         let sniffed = tokio::select! {
             () = stop.cancelled() => return,
-            sniffed = tokio::time::timeout(self.limits.header_timeout, sniff::protocol(&stream)) => sniffed,
+            sniffed = tokio::time::timeout(within, sniff::protocol(&stream)) => sniffed,
         };
         let Ok(Ok(protocol)) = sniffed else { return };
+        self.speak(TokioIo::new(stream), protocol, peer, stop).await;
+    }
+
+    async fn speak<I>(self, io: I, protocol: Protocol, peer: Peer, stop: CancellationToken)
+    where
+        I: Read + Write + Unpin + Send + 'static,
+    {
         let app = self.app;
-        let service = service_fn(move |request| {
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(peer);
             let app = Arc::clone(&app);
             async move { Ok::<_, Infallible>(app.handle(request).await) }
         });
-        let io = TokioIo::new(stream);
         let outcome = match protocol {
             Protocol::Http1 => {
                 let connection = hyper::server::conn::http1::Builder::new()
@@ -183,8 +231,13 @@ impl Connection {
                 self.watcher.watch(connection).await
             }
         };
-        if let Err(error) = outcome {
-            tracing::debug!(%error, "a connection broke");
+        match outcome {
+            Ok(()) => {}
+            // Refused before it was a request; the answer is 400, 414 or 431.
+            Err(error) if error.is_parse() => {
+                tracing::info!(%error, peer = %peer.address, "what came is no request");
+            }
+            Err(error) => tracing::debug!(%error, "a connection broke"),
         }
     }
 }

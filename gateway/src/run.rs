@@ -13,6 +13,8 @@ use crate::{
     app::{App, Settings},
     config::Config,
     listener::{self, Limits},
+    preview,
+    tls::Certificates,
     ws,
 };
 
@@ -29,7 +31,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     let address = listener.local_addr()?;
-    let public_url = config.public_url.unwrap_or_else(|| format!("http://{address}"));
+    let certificates = config.tls_files().map(Certificates::load).transpose().context("no TLS")?;
+    let tls = certificates.as_ref().map(Certificates::server).transpose().context("no TLS")?;
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let public_url = config.public_url.unwrap_or_else(|| format!("{scheme}://{address}"));
     let id = config.id.unwrap_or_else(|| format!("gateway-{}", uuid::Uuid::now_v7()));
 
     let ended = CancellationToken::new();
@@ -39,6 +44,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         public_url: public_url.clone(),
         max_requests: config.max_requests,
         websockets: ws::Limits { max: config.max_websockets, ..ws::Limits::default() },
+        preview_domain: config.preview_domain,
+        previews: preview::Limits::default(),
         allowed_origins: config.allowed_origins,
     };
     let app = App::new(store.clone(), settings, clock, stop.clone(), ended).await?;
@@ -50,14 +57,20 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let registration =
         Registration::start(store, keys::gateway(&id), record.encode_to_vec().into(), LEASE).await?;
 
+    let limits = Limits { max_connections: config.max_connections, ..Limits::default() };
     tracing::info!(%address, public_url, gateway = id, "ready");
+    let follow = async {
+        if let Some(certificates) = certificates {
+            certificates.follow(stop.clone()).await;
+        }
+    };
     let leave = async {
         stop.cancelled().await;
         // Out of the list first, so that nobody is sent here any more.
         registration.leave().await;
         app.drain().await;
     };
-    tokio::join!(listener::serve(listener, Arc::clone(&app), Limits::default(), stop.clone()), leave);
+    tokio::join!(listener::serve(listener, tls, Arc::clone(&app), limits, stop.clone()), follow, leave);
     tracing::info!("stopped");
     Ok(())
 }

@@ -3,6 +3,8 @@
 //! Records are read from live copies. A copy may lag behind what another part has just been told, so when it
 //! knows no such sandbox or host, or none that is ready yet, the store itself has the last word.
 
+use std::sync::Arc;
+
 use oc_mesh::{
     error::{Reason, status},
     keys, record,
@@ -13,6 +15,7 @@ use oc_proto::{
     mesh::{HostRecord, SandboxRecord, SandboxTransition},
     v1::SandboxState,
 };
+use tokio::sync::Semaphore;
 use tonic::Status;
 
 /// Where a sandbox is.
@@ -24,19 +27,49 @@ pub enum Whereabouts {
     Hibernated,
 }
 
+/// What previews have to know of a sandbox.
+#[derive(Clone, Debug)]
+pub struct Shown(Arc<SandboxRecord>);
+
+impl Shown {
+    /// Whom it belongs to.
+    #[must_use]
+    pub fn tenant(&self) -> &str {
+        &self.0.tenant
+    }
+
+    /// Hash of the token that its ports ask for; empty if they ask for none.
+    #[must_use]
+    pub fn token_hash(&self) -> &str {
+        &self.0.preview_token_hash
+    }
+
+    /// The port that has this host name of its own.
+    #[must_use]
+    pub fn port_of(&self, domain: &str) -> Option<u16> {
+        let entry = self.0.previews.iter().find(|entry| entry.domain == domain)?;
+        u16::try_from(entry.port).ok()
+    }
+}
+
 /// What the gateway knows of sandboxes and hosts.
 #[derive(Debug)]
 pub struct Sandboxes {
     store: SharedStore,
     records: View<SandboxRecord>,
     hosts: View<HostRecord>,
+    lookups: Semaphore,
 }
+
+/// IDs that nobody has proved to be theirs, and that our copies do not know, are looked up in the store so many at a time:
+/// anybody may make them up.
+const LOOKUPS: usize = 16;
 
 impl Sandboxes {
     /// Sandboxes and hosts as `store` has them, by live copies of its records.
     #[must_use]
     pub fn new(store: SharedStore, records: View<SandboxRecord>, hosts: View<HostRecord>) -> Self {
-        Self { store, records, hosts }
+        Self { store, records, hosts, lookups: Semaphore::new(LOOKUPS) }
     }
 
     /// Where a tenant's sandbox is.
@@ -63,6 +96,23 @@ impl Sandboxes {
     pub async fn host_of_woken(&self, sandbox_id: &str) -> Result<String, Status> {
         let record = self.stored(sandbox_id).await?.ok_or_else(not_found)?;
         self.endpoint(&record.host_id).await
+    }
+
+    /// What previews have to know of a sandbox, whatever state it is in.
+    ///
+    /// # Errors
+    /// `SANDBOX_NOT_FOUND`; `HOST_UNAVAILABLE`, `OVERLOADED`.
+    pub async fn shown(&self, sandbox_id: &str) -> Result<Shown, Status> {
+        let record = match self.records.get(sandbox_id) {
+            Some(record) => record,
+            None => {
+                let busy =
+                    |_| status(Reason::Overloaded, "too many unknown sandboxes are looked for, try again");
+                let _turn = self.lookups.try_acquire().map_err(busy)?;
+                self.stored(sandbox_id).await?.ok_or_else(not_found)?.into()
+            }
+        };
+        Ok(Shown(record))
     }
 
     /// Whom a sandbox belongs to, if our copies know it.

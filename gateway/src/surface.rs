@@ -46,6 +46,7 @@ const SERVICES: &[(&str, Access, Backend)] = &[
     ("NetworkService", Access::Sandbox, Backend::Host),
     ("NodeService", Access::Admin, Backend::Scheduler),
     ("PortService", Access::Sandbox, Backend::Host),
+    ("PreviewService", Access::Tenant, Backend::Scheduler),
     ("SandboxService", Access::Tenant, Backend::Scheduler),
 ];
 

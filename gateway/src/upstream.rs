@@ -84,16 +84,40 @@ impl Upstreams {
             Backend::Scheduler => self.scheduler()?,
             Backend::Host => {
                 let sandbox_id = sandbox_id.filter(|id| !id.is_empty()).ok_or_else(no_sandbox)?;
-                match self.sandboxes.find(identity.tenant(), sandbox_id).await? {
-                    Whereabouts::Host(endpoint) => endpoint,
-                    Whereabouts::Hibernated => {
-                        self.wake(sandbox_id, headers, patience).await?;
-                        self.sandboxes.host_of_woken(sandbox_id).await?
-                    }
-                }
+                return self.host(identity, sandbox_id, headers, patience).await;
             }
         };
         self.channel(&endpoint)
+    }
+
+    /// A channel to a sandbox's host, for `identity`. A hibernated one is woken first, on behalf of the caller whom `headers`
+    /// name.
+    ///
+    /// # Errors
+    /// As with [`Upstreams::choose`].
+    pub async fn host(
+        &self,
+        identity: &Identity,
+        sandbox_id: &str,
+        headers: &HeaderMap,
+        patience: Patience,
+    ) -> Result<ClientChannel, Status> {
+        let endpoint = match self.sandboxes.find(identity.tenant(), sandbox_id).await? {
+            Whereabouts::Host(endpoint) => endpoint,
+            Whereabouts::Hibernated => {
+                self.wake(sandbox_id, headers, patience).await?;
+                self.sandboxes.host_of_woken(sandbox_id).await?
+            }
+        };
+        self.channel(&endpoint)
+    }
+
+    /// Whether a sandbox can be used at all, asleep or awake.
+    ///
+    /// # Errors
+    /// As [`Sandboxes::find`] has them.
+    pub async fn check(&self, identity: &Identity, sandbox_id: &str) -> Result<(), Status> {
+        self.sandboxes.find(identity.tenant(), sandbox_id).await.map(drop)
     }
 
     /// A channel to a sandbox's host, unless it would have to be woken.

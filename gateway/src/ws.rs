@@ -96,7 +96,11 @@ impl WebSockets {
         self.tasks.wait().await;
     }
 
-    fn place(&self) -> Result<OwnedSemaphorePermit, Status> {
+    /// A place for one more.
+    ///
+    /// # Errors
+    /// `OVERLOADED`.
+    pub fn place(&self) -> Result<OwnedSemaphorePermit, Status> {
         Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
             metrics::counter!("oc_gateway_shed_total").increment(1);
             status(Reason::Overloaded, "the gateway has as many WebSockets as it can")

@@ -11,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 use crate::processes;
 
 /// What stays after a stop (clients/cli/src/up/layout.rs).
-const STAYS: [&str; 4] = ["api-key", "log", "agent", "objects"];
+const STAYS: [&str; 5] = ["api-key", "log", "agent", "objects", "tls"];
 
 /// Names everything of the mesh in `state` with the host `host_id` that should not be there any more.
 ///

@@ -14,6 +14,7 @@ pub const RESERVED_PREFIX: &str = "oc-";
 const TENANT: HeaderName = HeaderName::from_static("oc-tenant");
 const ADMIN: HeaderName = HeaderName::from_static("oc-admin");
 const SANDBOX_TOKEN: HeaderName = HeaderName::from_static("oc-sandbox-token");
+const PREVIEW_DOMAIN: HeaderName = HeaderName::from_static("oc-preview-domain");
 const PUBLIC_URL: HeaderName = HeaderName::from_static("oc-public-url");
 const REQUEST_ID: HeaderName = HeaderName::from_static(REQUEST_ID_HEADER);
 
@@ -28,6 +29,8 @@ pub struct Caller {
     pub sandbox: Option<String>,
     /// URL by which the client reaches the gateway that it came through.
     pub public_url: String,
+    /// Domain under which that gateway shows sandboxes' ports.
+    pub preview_domain: String,
     /// Names the request.
     pub request_id: String,
 }
@@ -52,6 +55,7 @@ impl Caller {
         };
         set(TENANT, &self.tenant);
         set(PUBLIC_URL, &self.public_url);
+        set(PREVIEW_DOMAIN, &self.preview_domain);
         set(REQUEST_ID, &self.request_id);
         set(ADMIN, if self.admin { "true" } else { "false" });
         match &self.sandbox {
@@ -75,6 +79,7 @@ impl Caller {
             },
             sandbox: text(&SANDBOX_TOKEN),
             public_url: text(&PUBLIC_URL).unwrap_or_default(),
+            preview_domain: text(&PREVIEW_DOMAIN).unwrap_or_default(),
             request_id: text(&REQUEST_ID).unwrap_or_default(),
         })
     }
@@ -93,6 +98,7 @@ mod tests {
             admin: true,
             sandbox: None,
             public_url: "http://127.0.0.1:8080".into(),
+            preview_domain: "preview.localhost".into(),
             request_id: "r-1".into(),
         };
         caller.apply(&mut headers);

@@ -115,6 +115,12 @@ reasons! {
     PortNotListening = "PORT_NOT_LISTENING", FailedPrecondition, 502;
     /// The connection to the port broke.
     PortReset = "PORT_RESET", Aborted, 502;
+    /// There is no such preview, or the host name leads to none.
+    PreviewNotFound = "PREVIEW_NOT_FOUND", NotFound, 404;
+    /// The host name is another preview's.
+    DomainTaken = "DOMAIN_TAKEN", AlreadyExists, 409;
+    /// The sandbox has as many previews as it may have.
+    TooManyPreviews = "TOO_MANY_PREVIEWS", ResourceExhausted, 429;
     /// The sandbox has no room for more watches.
     TooManyWatches = "TOO_MANY_WATCHES", ResourceExhausted, 429;
     /// There is no such file or directory.

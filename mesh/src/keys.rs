@@ -6,6 +6,8 @@ pub const SANDBOXES: &str = "sandboxes/";
 pub const CHECKPOINTS: &str = "checkpoints/";
 /// Prefix of what checkpoints each sandbox has.
 pub const CHECKPOINT_INDEX: &str = "checkpoint-index/";
+/// Prefix of whose host names of previews are.
+pub const PREVIEW_DOMAINS: &str = "preview-domains/";
 /// Prefix of all hosts that are members.
 pub const HOSTS: &str = "members/hosts/";
 /// Prefix of all gateways that are members.
@@ -43,6 +45,10 @@ key!(
 key!(
     /// What checkpoints a sandbox has.
     checkpoint_index, CHECKPOINT_INDEX
+);
+key!(
+    /// Whose a host name is.
+    preview_domain, PREVIEW_DOMAINS
 );
 key!(
     /// A host's membership.

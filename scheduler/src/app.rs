@@ -22,7 +22,7 @@ use oc_proto::{
     v1::{
         checkpoint_service_server::CheckpointServiceServer, file_url_service_server::FileUrlServiceServer,
         key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
-        sandbox_service_server::SandboxServiceServer,
+        preview_service_server::PreviewServiceServer, sandbox_service_server::SandboxServiceServer,
     },
 };
 use prost::Message as _;
@@ -38,6 +38,7 @@ use crate::{
     config::Config,
     flows::Flows,
     ledger::Ledger,
+    previews::Previews,
     reconcile::{Pace, Reconciler},
     rpc::{
         checkpoints::CheckpointRpc,
@@ -45,6 +46,7 @@ use crate::{
         keys::KeyRpc,
         nodes::NodeRpc,
         present::Presenter,
+        previews::PreviewRpc,
         sandboxes::{MAX_DEADLINE, SandboxRpc},
         watch::Watches,
     },
@@ -122,6 +124,7 @@ impl App {
             clock: clock.clone(),
         };
         let checkpoints = Checkpoints::new(sandboxes.clone(), store.clone(), views.clone()).await?;
+        let previews = Previews::new(sandboxes.clone(), store.clone(), views.clone()).await?;
         let presenter = Arc::new(Presenter { signer, hosts: hosts.clone(), activity });
         let watches = Watches::new(store.clone(), sandboxes.clone(), presenter.clone(), stop.clone());
         let routes = routes(
@@ -129,6 +132,7 @@ impl App {
             CheckpointRpc::new(checkpoints.clone(), presenter),
             KeyRpc::new(store.clone(), clock),
             NodeRpc::new(store.clone(), hosts, sandboxes.clone()),
+            PreviewRpc::new(previews.clone()),
             FileUrlRpc::new(sandboxes.clone(), FileUrlSigner::ensure(&store).await?),
         );
         let bound = Serve {
@@ -153,6 +157,7 @@ impl App {
         let reconciler = Reconciler {
             sandboxes,
             checkpoints,
+            previews,
             store,
             schedulers,
             scheduler_id: scheduler_id.clone(),
@@ -205,12 +210,14 @@ fn routes(
     checkpoints: CheckpointRpc,
     keys: KeyRpc,
     nodes: NodeRpc,
+    previews: PreviewRpc,
     file_urls: FileUrlRpc,
 ) -> Routes {
     let services = Routes::new(SandboxServiceServer::new(sandboxes))
         .add_service(CheckpointServiceServer::new(checkpoints))
         .add_service(KeyServiceServer::new(keys))
         .add_service(NodeServiceServer::new(nodes))
+        .add_service(PreviewServiceServer::new(previews))
         .add_service(FileUrlServiceServer::new(file_urls));
     let metrics = get(|| async { oc_mesh::telemetry::render_metrics() });
     services.into_axum_router().route("/metrics", metrics).into()

@@ -9,6 +9,7 @@
 //! - [`sandboxes`]: creating, looking, deleting; [`flows`]: work that outlives its caller; [`activity`]: who is idle.
 //! - [`watch`]: what those who watch sandboxes are told.
 //! - [`checkpoints`]: taking sandboxes' states down, going back to them, branching from them.
+//! - [`previews`]: which ports others are meant to find, by which host names, and with which token.
 //! - [`reconcile`]: makes what is agree with what should be, after any crash.
 //! - [`rpc`]: the services; [`refusal`]: why a call is refused.
 //! - [`fail`]: where a test has it die.
@@ -25,6 +26,7 @@ pub mod flows;
 pub mod ledger;
 pub mod lifecycle;
 pub mod placement;
+pub mod previews;
 pub mod quota;
 pub mod random;
 pub mod reconcile;

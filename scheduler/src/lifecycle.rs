@@ -90,6 +90,7 @@ pub fn draft(id: &SandboxId, tenant: &str, order: Order, now: SystemTime) -> San
         metadata: order.metadata,
         timeout: order.timeout,
         egress: order.egress.into(),
+        preview_token_hash: order.preview_token_hash,
         created_at: Some(now.into()),
         active_at: Some(now.into()),
         ..Default::default()

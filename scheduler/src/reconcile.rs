@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     checkpoints::Checkpoints,
     ledger::drift,
+    previews::Previews,
     reconcile::{
         act::Seen,
         plan::{Moment, judge_record, plan},
@@ -65,6 +66,8 @@ pub struct Reconciler {
     pub sandboxes: Sandboxes,
     /// The checkpoints.
     pub checkpoints: Checkpoints,
+    /// The previews.
+    pub previews: Previews,
     /// The store, for the counts.
     pub store: SharedStore,
     /// The schedulers that are members.
@@ -176,6 +179,7 @@ impl Reconciler {
             })
             .await;
         self.checkpoints.look_at_records(moment).await;
+        self.previews.sweep().await;
     }
 
     /// Repairs counts that disagree with the records.

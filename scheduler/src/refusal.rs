@@ -43,6 +43,18 @@ pub enum Refusal {
     /// As many streams of changes are open as may be.
     #[error("too many watches at once, end some or try again")]
     TooManyWatches,
+    /// There is no preview of that port.
+    #[error("the sandbox has no preview of that port")]
+    PreviewNotFound,
+    /// A host name is another preview's.
+    #[error("the host name is another preview's")]
+    DomainTaken,
+    /// A sandbox has as many previews as it may have.
+    #[error("the sandbox has {max} previews, as many as it may have; delete one first")]
+    TooManyPreviews {
+        /// That is how many.
+        max: usize,
+    },
     /// There is no such key.
     #[error("there is no such key")]
     KeyNotFound,
@@ -100,6 +112,9 @@ impl Refusal {
             Self::CheckpointLost => Reason::CheckpointDamaged,
             Self::WatchCompacted => Reason::WatchCompacted,
             Self::TooManyWatches => Reason::Overloaded,
+            Self::PreviewNotFound => Reason::PreviewNotFound,
+            Self::DomainTaken => Reason::DomainTaken,
+            Self::TooManyPreviews { .. } => Reason::TooManyPreviews,
             Self::KeyNotFound => Reason::KeyNotFound,
             Self::WrongSandbox => Reason::WrongSandbox,
             Self::NotAdmin => Reason::NotAdmin,

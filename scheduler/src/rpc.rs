@@ -11,6 +11,7 @@ pub mod file_urls;
 pub mod keys;
 pub mod nodes;
 pub mod present;
+pub mod previews;
 pub mod sandboxes;
 pub mod watch;
 

@@ -59,6 +59,8 @@ pub struct Order {
     pub metadata: HashMap<String, String>,
     /// What it may reach.
     pub egress: EgressPolicy,
+    /// SHA-256 of the token that its ports ask for, hex; empty for none.
+    pub preview_token_hash: String,
 }
 
 /// What is wrong with a request.
@@ -81,6 +83,20 @@ pub enum Invalid {
     /// A variable of the environment has a value that a process cannot be given.
     #[error("envs: the value of {0:?} contains NUL")]
     EnvValue(String),
+    /// It is no port.
+    #[error("port must be 1 to 65535, not {0}")]
+    Port(u32),
+    /// It is no host name that a preview can have.
+    #[error(
+        "domain must be a host name in lower case, with a dot, that is neither the gateway's nor under its preview domain"
+    )]
+    PreviewDomain,
+    /// There is no such way of asking for a token.
+    #[error("the scheme of a preview's token is bearer, not {0:?}")]
+    PreviewScheme(String),
+    /// It is no token that can be asked for.
+    #[error("a preview's token is auto, or 16 to 256 visible ASCII characters")]
+    PreviewToken,
     /// The environment is too large.
     #[error("envs must be at most {MAX_ENVS} variables and {MAX_ENVS_BYTES} bytes in all")]
     Envs,
@@ -142,7 +158,15 @@ pub fn order(request: CreateSandboxRequest) -> Result<Order, Invalid> {
     check_envs(&request.envs)?;
     check_metadata(&request.metadata)?;
     let egress = egress(request.egress)?;
-    Ok(Order { template_id, size, timeout, envs: request.envs, metadata: request.metadata, egress })
+    Ok(Order {
+        template_id,
+        size,
+        timeout,
+        envs: request.envs,
+        metadata: request.metadata,
+        egress,
+        preview_token_hash: String::new(),
+    })
 }
 
 fn template(name: String) -> Result<String, Invalid> {

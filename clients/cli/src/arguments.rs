@@ -3,6 +3,7 @@
 pub mod agents;
 pub mod checkpoints;
 pub mod exec;
+pub mod previews;
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -13,6 +14,7 @@ use crate::{
         agents::AgentCommand,
         checkpoints::{CheckpointCommand, ForkArguments},
         exec::{ExecArguments, ShellArguments},
+        previews::PreviewCommand,
     },
     commands::port_forward::Forward,
     up::shim::RunService,
@@ -88,6 +90,9 @@ pub enum Command {
     /// Look at how sandboxes are connected
     #[command(subcommand)]
     Network(NetworkCommand),
+    /// Show ports of a sandbox to others, by URL
+    #[command(subcommand)]
+    Preview(PreviewCommand),
     /// Start agents in a sandbox, follow them and tell them what to do
     #[command(subcommand)]
     Agent(Box<AgentCommand>),
@@ -186,6 +191,12 @@ pub struct CreateArguments {
     /// What it may reach: the internet, or nothing [default: open]
     #[arg(long, value_enum)]
     pub egress: Option<Egress>,
+    /// Have the sandbox's ports ask for a token, as bearer: a new one unless --preview-auth-token gives one
+    #[arg(long, value_name = "SCHEME")]
+    pub preview_auth: Option<String>,
+    /// The token that they ask for, 16 characters or more
+    #[arg(long, value_name = "TOKEN")]
+    pub preview_auth_token: Option<String>,
 }
 
 /// `oc network`.
@@ -345,6 +356,21 @@ pub struct UpArguments {
     /// URL that clients reach the gateway by, if it is not the one it listens on
     #[arg(long, value_name = "URL")]
     pub public_url: Option<String>,
+    /// Domain under which sandboxes' ports are reached, as ID-pPORT.DOMAIN [default: preview.localhost]
+    #[arg(long, value_name = "DOMAIN")]
+    pub preview_domain: Option<String>,
+    /// Speak TLS with a certificate that is made here; `oc` on this machine trusts it
+    #[arg(long, conflicts_with = "tls_cert")]
+    pub tls: bool,
+    /// Speak TLS with this certificate chain
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// NAME.crt and NAME.key for host names of previews
+    #[arg(long, value_name = "DIR")]
+    pub tls_dir: Option<PathBuf>,
     /// Record store, file:///PATH or etcd://HOST:PORT[,HOST:PORT] [default: store.db in the state directory]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,

@@ -12,6 +12,7 @@ pub mod keys;
 pub mod network;
 pub mod nodes;
 pub mod port_forward;
+pub mod previews;
 pub mod remote_path;
 pub mod sandboxes;
 pub mod shell;
@@ -53,6 +54,7 @@ pub async fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
             port_forward::run(&connect(&global).await?, arguments, output).await?;
         }
         Command::Network(command) => network::run(&connect(&global).await?, command, output).await?,
+        Command::Preview(command) => previews::run(&connect(&global).await?, command, output).await?,
         Command::Agent(command) => return agents::run(&global, *command, output).await,
         Command::Files(command) => files::run(&global, command, output).await?,
         Command::Keys(command) => keys::run(&connect(&global).await?, command, output).await?,
@@ -101,7 +103,7 @@ fn sources(global: &Global) -> Result<Sources, Failure> {
         None => Settings::default(),
     };
     Ok(Sources {
-        flags: Settings { api_url: global.api_url.clone(), api_key: global.api_key.clone() },
+        flags: Settings { api_url: global.api_url.clone(), api_key: global.api_key.clone(), ca_file: None },
         environment: config::from_environment(|name| env::var(name).ok()),
         file,
         local: up::local_mesh(&global.state_dir),
@@ -114,15 +116,20 @@ fn home() -> Option<PathBuf> {
 
 fn print_exports(global: &Global, output: Output) -> Result<(), Failure> {
     let target = sources(global)?.resolve_for_export()?;
-    let variables = [
-        ("OC_API_URL", &target.url),
-        ("OC_API_KEY", &target.key),
-        ("OPENCOMPUTER_API_URL", &target.url),
-        ("OPENCOMPUTER_API_KEY", &target.key),
+    let mut variables = vec![
+        ("OC_API_URL", target.url.clone()),
+        ("OC_API_KEY", target.key.clone()),
+        ("OPENCOMPUTER_API_URL", target.url),
+        ("OPENCOMPUTER_API_KEY", target.key),
     ];
+    if let Some(path) = &target.ca_file {
+        // Node adds what this names to what it trusts; curl is told with --cacert.
+        variables
+            .extend(["OC_CA_FILE", "NODE_EXTRA_CA_CERTS"].map(|name| (name, path.display().to_string())));
+    }
     output.show(
         || variables.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect(),
-        || variables.map(|(name, value)| quote::export(name, value)).join("\n"),
+        || variables.iter().map(|(name, value)| quote::export(name, value)).collect::<Vec<_>>().join("\n"),
     )?;
     if output.is_json() || !std::io::IsTerminal::is_terminal(&std::io::stdout()) {
         return Ok(());

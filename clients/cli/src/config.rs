@@ -5,7 +5,8 @@
 //! 3. `~/.oc/config.json`, written by `oc config set`
 //! 4. the mesh that `oc up` runs on this machine
 //!
-//! The local mesh's key is only ever sent to the local mesh.
+//! The local mesh's key is only ever sent to the local mesh, and its certificate authority trusted for it alone. Others are named
+//! by `OC_CA_FILE`.
 
 use std::{
     fs, io,
@@ -30,6 +31,9 @@ pub struct Settings {
     /// API key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_key: Option<String>,
+    /// A certificate authority to trust.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for Settings {
@@ -46,6 +50,8 @@ pub struct Target {
     pub url: String,
     /// API key.
     pub key: String,
+    /// A certificate authority to trust beside those of the system, for https.
+    pub ca_file: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for Target {
@@ -78,7 +84,9 @@ impl Sources {
         let url = url.unwrap_or_else(|| DEFAULT_URL.to_owned());
         let local_key = local.filter(|local| local.url == url).map(|local| local.key.as_str());
         let key = key.or(local_key).ok_or(Failure::NoKey)?.to_owned();
-        Ok(Target { url, key })
+        let local_ca = local.filter(|local| local.url == url).and_then(|local| local.ca_file.clone());
+        let ca_file = named.iter().find_map(|settings| settings.ca_file.clone()).or(local_ca);
+        Ok(Target { url, key, ca_file })
     }
 
     /// Decides for `oc env`: the mesh on this machine comes before what an earlier `oc env` has exported.
@@ -87,6 +95,7 @@ impl Sources {
             Some(local) => Ok(Target {
                 url: self.flags.api_url.as_deref().map_or_else(|| local.url.clone(), base_url),
                 key: self.flags.api_key.clone().unwrap_or_else(|| local.key.clone()),
+                ca_file: local.ca_file.clone(),
             }),
             None => self.resolve(),
         }
@@ -105,6 +114,7 @@ pub fn from_environment(get: impl Fn(&str) -> Option<String>) -> Settings {
     Settings {
         api_url: first(["OC_API_URL", "OPENCOMPUTER_API_URL"]),
         api_key: first(["OC_API_KEY", "OPENCOMPUTER_API_KEY"]),
+        ca_file: first(["OC_CA_FILE", "OC_CA_FILE"]).map(PathBuf::from),
     }
 }
 
@@ -162,11 +172,11 @@ mod tests {
 
     fn settings(url: &str, key: &str) -> Settings {
         let some = |value: &str| Some(value.to_owned()).filter(|value| !value.is_empty());
-        Settings { api_url: some(url), api_key: some(key) }
+        Settings { api_url: some(url), api_key: some(key), ca_file: None }
     }
 
     fn local() -> Option<Target> {
-        Some(Target { url: "http://127.0.0.1:7".into(), key: "local".into() })
+        Some(Target { url: "http://127.0.0.1:7".into(), key: "local".into(), ca_file: None })
     }
 
     #[test]
@@ -205,7 +215,10 @@ mod tests {
             file: settings("http://file", "file"),
             ..Sources::default()
         };
-        assert_eq!(sources.resolve().unwrap(), Target { url: "http://file".into(), key: "env".into() });
+        assert_eq!(
+            sources.resolve().unwrap(),
+            Target { url: "http://file".into(), key: "env".into(), ca_file: None }
+        );
     }
 
     #[test]
@@ -255,8 +268,11 @@ mod tests {
 
     #[test]
     fn keys_do_not_show_in_debug_output() {
-        let text =
-            format!("{:?} {:?}", settings("u", "secret"), Target { url: "u".into(), key: "secret".into() });
+        let text = format!(
+            "{:?} {:?}",
+            settings("u", "secret"),
+            Target { url: "u".into(), key: "secret".into(), ca_file: None }
+        );
         assert!(!text.contains("secret"));
     }
 }

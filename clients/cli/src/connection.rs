@@ -1,6 +1,9 @@
-//! The channel to a gateway: gRPC over cleartext HTTP/2, the API key in the metadata of every call.
+//! The channel to a gateway: gRPC over HTTP/2, with TLS or without, the API key in the metadata of every call.
 
-use std::{fmt, time::Duration};
+use std::{fmt, io, time::Duration};
+
+use hyper::Uri;
+use hyper_util::rt::TokioIo;
 
 use oc_proto::v1::{
     agent_session_service_client::AgentSessionServiceClient,
@@ -8,8 +11,10 @@ use oc_proto::v1::{
     file_service_client::FileServiceClient, file_url_service_client::FileUrlServiceClient,
     key_service_client::KeyServiceClient, network_service_client::NetworkServiceClient,
     node_service_client::NodeServiceClient, port_service_client::PortServiceClient,
-    sandbox_service_client::SandboxServiceClient,
+    preview_service_client::PreviewServiceClient, sandbox_service_client::SandboxServiceClient,
 };
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
 use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataValue},
@@ -17,7 +22,9 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::{config::Target, failure::Failure};
+use tower::service_fn;
+
+use crate::{config::Target, failure::Failure, tls::Connector};
 
 /// For a connection to a gateway to come about.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,8 +59,11 @@ impl Connection {
     /// Connects to the gateway that `target` names.
     pub async fn open(target: &Target) -> Result<Self, Failure> {
         let url = target.url.as_str();
-        if !url.starts_with("http://") {
-            return Err(Failure::Usage(format!("{url:?} is no URL that oc speaks: give http://HOST:PORT")));
+        let is_tls = url.starts_with("https://");
+        if !is_tls && !url.starts_with("http://") {
+            return Err(Failure::Usage(format!(
+                "{url:?} is no URL that oc speaks: give http(s)://HOST:PORT"
+            )));
         }
         let key = ApiKey::new(&target.key)?;
         let endpoint = Endpoint::from_shared(url.to_owned())
@@ -64,9 +74,13 @@ impl Connection {
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE);
-        let channel = endpoint
-            .connect()
-            .await
+        let connected = if is_tls {
+            let connector = Connector::new("h2", target.ca_file.as_deref())?;
+            endpoint.connect_with_connector(service_fn(move |uri: Uri| secured(connector.clone(), uri))).await
+        } else {
+            endpoint.connect().await
+        };
+        let channel = connected
             .map_err(|error| Failure::Unreachable { url: url.to_owned(), reason: innermost(&error) })?;
         Ok(Self { channel, key })
     }
@@ -110,6 +124,11 @@ impl Connection {
         PortServiceClient::new(self.authenticated())
     }
 
+    /// Ports that others are meant to find.
+    pub fn previews(&self) -> PreviewServiceClient<Authenticated> {
+        PreviewServiceClient::new(self.authenticated())
+    }
+
     /// Agents.
     pub fn agents(&self) -> AgentSessionServiceClient<Authenticated> {
         AgentSessionServiceClient::new(self.authenticated()).max_decoding_message_size(MESSAGE_BYTES)
@@ -124,6 +143,15 @@ impl Connection {
     pub fn nodes(&self) -> NodeServiceClient<Authenticated> {
         NodeServiceClient::new(self.authenticated())
     }
+}
+
+/// A connection that is safe.
+async fn secured(connector: Connector, uri: Uri) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let host = uri.host().unwrap_or_default();
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let stream = TcpStream::connect((bare, uri.port_u16().unwrap_or(443))).await?;
+    stream.set_nodelay(true)?;
+    Ok(TokioIo::new(connector.connect(host, stream).await?))
 }
 
 /// A request that must be answered within `deadline`; the mesh is told so too.

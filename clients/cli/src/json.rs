@@ -47,6 +47,8 @@ shown!(
     HibernateSandboxResponse,
     Key,
     Node,
+    Preview,
+    RotatePreviewAuthResponse,
     RunResponse,
     Sandbox,
     SandboxEvent,

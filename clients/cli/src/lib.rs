@@ -25,6 +25,7 @@ pub mod quote;
 pub mod signals;
 pub mod standard;
 pub mod terminal;
+pub mod tls;
 pub mod up;
 
 use std::{ffi::OsString, process::ExitCode};

@@ -14,11 +14,13 @@
 //!
 //! - [`plan`]: what to run, checked before anything is started.
 //! - [`layout`]: the state directory; [`key`]: the API key in it; [`log`]: the log files.
+//! - [`certificates`]: what `--tls` makes.
 //! - [`identity`]: processes that cannot be mistaken for others; [`shim`]: how a service is started.
 //! - [`supervisor`]: keeps one service running; [`run`]: the mesh from start to stop.
 //! - [`readiness`]: when it may be used; [`report`]: what is said about it.
 //! - [`stop`]: the end, of what we started and of what a dead supervisor left; [`detach`]: in the background.
 
+pub mod certificates;
 pub mod detach;
 pub mod identity;
 pub mod key;
@@ -76,5 +78,6 @@ pub fn local_mesh(state_dir: &Path) -> Option<Target> {
     let mesh = layout.read_mesh().ok().flatten()?;
     let alive = mesh.supervisor.is_alive() || layout.is_alive(plan::GATEWAY);
     let key = alive.then(|| key::read(&layout.api_key()).ok().flatten()).flatten()?;
-    Some(Target { url: mesh.url, key: key.expose().to_owned() })
+    let ca_file = layout.ca_of(&mesh.url);
+    Some(Target { url: mesh.url, key: key.expose().to_owned(), ca_file })
 }

@@ -10,7 +10,7 @@ use std::{
 use oc_gateway::{
     app::{App, Settings},
     listener::{self, Limits},
-    ws,
+    preview, ws,
 };
 use oc_mesh::{
     api_key::ApiKey,
@@ -27,6 +27,7 @@ use oc_proto::{
         checkpoint_service_server::CheckpointServiceServer, exec_service_server::ExecServiceServer,
         file_service_server::FileServiceServer, file_url_service_server::FileUrlServiceServer,
         key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
+        port_service_server::PortServiceServer, preview_service_server::PreviewServiceServer,
         sandbox_service_server::SandboxServiceServer,
     },
 };
@@ -69,6 +70,7 @@ pub struct Mesh {
     pub foreign_key: String,
     signer: TokenSigner,
     pub urls: FileUrlSigner,
+    pub app: Arc<App>,
     pub stop: CancellationToken,
     pub tasks: JoinSet<()>,
     pub directory: TempDir,
@@ -95,6 +97,7 @@ impl Mesh {
         let files = FileServiceServer::new(agent.clone()).max_decoding_message_size(64 << 20);
         let routes = Routes::new(ExecServiceServer::new(agent.clone()))
             .add_service(files)
+            .add_service(PortServiceServer::new(agent.clone()))
             .add_service(AgentSessionServiceServer::new(agent.clone()));
         serve(&mut tasks, &stop, &directory.path().join("agent.sock"), routes);
         let scheduler = FakeScheduler::default();
@@ -102,6 +105,7 @@ impl Mesh {
             .add_service(CheckpointServiceServer::new(scheduler.clone()))
             .add_service(KeyServiceServer::new(scheduler.clone()))
             .add_service(NodeServiceServer::new(scheduler.clone()))
+            .add_service(PreviewServiceServer::new(scheduler.clone()))
             .add_service(FileUrlServiceServer::new(scheduler.clone()));
         serve(&mut tasks, &stop, &directory.path().join("scheduler.sock"), routes);
 
@@ -143,13 +147,15 @@ impl Mesh {
             public_url: format!("http://{address}"),
             max_requests: 4096,
             websockets: ws::Limits::default(),
+            preview_domain: preview::DEFAULT_DOMAIN.into(),
+            previews: preview::Limits::default(),
             allowed_origins: vec!["*".into()],
         };
         change(&mut settings);
         let app = App::new(store.clone(), settings, Arc::new(SystemClock), stop.clone(), stop.clone())
             .await
             .unwrap();
-        tasks.spawn(listener::serve(listener, app, limits, stop.clone()));
+        tasks.spawn(listener::serve(listener, None, Arc::clone(&app), limits, stop.clone()));
         Self {
             address,
             agent,
@@ -160,6 +166,7 @@ impl Mesh {
             foreign_key,
             signer,
             urls,
+            app,
             stop,
             tasks,
             directory,

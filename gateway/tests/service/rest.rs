@@ -16,7 +16,7 @@ async fn every_route_reaches_its_rpc() {
         mesh.scheduler.0.lock().clear();
         mesh.agent.0.calls.lock().clear();
         let path = route.template.replace("{sandbox_id}", SANDBOX).replace("{key_id}", "0123456789abcdef");
-        let path = path.replace("{checkpoint_id}", crate::checkpoints::CHECKPOINT);
+        let path = path.replace("{checkpoint_id}", crate::checkpoints::CHECKPOINT).replace("{port}", "8080");
         let headers = [("x-api-key", mesh.admin.as_str())];
         let query = match path.rsplit_once('/').unwrap().1 {
             "download" => format!("?{}", mesh.url_query(Access::Read, SANDBOX, "/zeros/3")),

@@ -8,8 +8,8 @@ use oc_mesh::{
     error::{Reason, status},
 };
 use oc_proto::v1::{
-    key_service_server::KeyService, node_service_server::NodeService, sandbox_service_server::SandboxService,
-    *,
+    key_service_server::KeyService, node_service_server::NodeService, preview_service_server::PreviewService,
+    sandbox_service_server::SandboxService, *,
 };
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
@@ -173,5 +173,43 @@ impl NodeService for FakeScheduler {
         Ok(Response::new(ListNodesResponse {
             nodes: vec![Node { node_id: "host-a".into(), ..Default::default() }],
         }))
+    }
+}
+
+#[tonic::async_trait]
+impl PreviewService for FakeScheduler {
+    async fn create_preview(
+        &self,
+        request: Request<CreatePreviewRequest>,
+    ) -> Result<Response<CreatePreviewResponse>, Status> {
+        let caller = self.note("CreatePreview", &request);
+        let CreatePreviewRequest { sandbox_id, port, .. } = request.into_inner();
+        let hostname = format!("{sandbox_id}-p{port}.{}", caller.preview_domain);
+        let preview = Preview { sandbox_id, port, hostname, ..Default::default() };
+        Ok(Response::new(CreatePreviewResponse { preview: Some(preview), existed: port == 80 }))
+    }
+
+    async fn list_previews(
+        &self,
+        request: Request<ListPreviewsRequest>,
+    ) -> Result<Response<ListPreviewsResponse>, Status> {
+        self.note("ListPreviews", &request);
+        Ok(Response::new(ListPreviewsResponse::default()))
+    }
+
+    async fn delete_preview(
+        &self,
+        request: Request<DeletePreviewRequest>,
+    ) -> Result<Response<DeletePreviewResponse>, Status> {
+        self.note("DeletePreview", &request);
+        Ok(Response::new(DeletePreviewResponse {}))
+    }
+
+    async fn rotate_preview_auth(
+        &self,
+        request: Request<RotatePreviewAuthRequest>,
+    ) -> Result<Response<RotatePreviewAuthResponse>, Status> {
+        self.note("RotatePreviewAuth", &request);
+        Ok(Response::new(RotatePreviewAuthResponse::default()))
     }
 }

@@ -23,7 +23,7 @@ use crate::hibernation::hibernate;
 /// What opens the page, types, and looks.
 const DRIVER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/functional/browser/drive.mjs");
 /// Debian's, which `tools/setup --test` installs.
-const BROWSER: &str = "/usr/bin/chromium-headless-shell";
+pub const BROWSER: &str = "/usr/bin/chromium-headless-shell";
 /// The page when the test failed.
 const SCREENSHOT: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/browser.png");
 

@@ -15,6 +15,7 @@ mod host;
 mod main_job;
 mod network;
 mod ports;
+mod previews;
 mod refusals;
 mod sessions;
 mod tenants;
@@ -121,6 +122,10 @@ fn main() -> ExitCode {
             a_grpc_client_needs_no_proto_files;
         browser:
             a_terminal_in_a_browser_outlives_what_serves_it;
+        previews:
+            a_page_in_a_sandbox_is_opened_before_and_after_it_slept,
+            a_preview_asks_for_its_token_and_wakes_nobody_without,
+            all_of_it_works_by_tls;
         host:
             a_vmm_is_nobody_and_bounded,
             nothing_secret_is_logged;

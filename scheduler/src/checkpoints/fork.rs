@@ -101,6 +101,7 @@ impl Checkpoints {
             envs: record.envs.clone(),
             metadata: Default::default(),
             egress: record.egress(),
+            preview_token_hash: record.preview_token_hash.clone(),
         };
         let order = validate::fork_order(of, wanted.timeout, wanted.envs, wanted.metadata)?;
         let elsewhere = like_of(&record, wanted.is_cold);
@@ -165,6 +166,7 @@ impl Checkpoints {
             envs: sandbox.envs.clone(),
             metadata: Default::default(),
             egress: sandbox.egress(),
+            preview_token_hash: sandbox.preview_token_hash.clone(),
         };
         let order = validate::fork_order(of, wanted.timeout, wanted.envs, wanted.metadata)?;
         let snapshot_id = sandbox_id::random(PREFIX).map_err(|error| Refusal::Internal(error.to_string()))?;

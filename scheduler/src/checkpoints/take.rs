@@ -159,6 +159,7 @@ impl Checkpoints {
             tenant: sandbox.tenant.clone(),
             envs: sandbox.envs.clone(),
             egress: sandbox.egress,
+            preview_token_hash: sandbox.preview_token_hash.clone(),
             deleting: false,
             retention_policy: order.policy,
             object_store_id: String::new(),

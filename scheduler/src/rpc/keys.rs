@@ -171,6 +171,7 @@ pub(crate) mod tests {
             admin: true,
             sandbox: None,
             public_url: "http://localhost".into(),
+            preview_domain: "preview.localhost".into(),
             request_id: "r".into(),
         };
         caller.apply(request.metadata_mut().as_mut());

@@ -49,6 +49,8 @@ impl Presenter {
             template_id: record.template_id.clone(),
             state: state.into(),
             connect_url: caller.public_url.clone(),
+            sandbox_domain: caller.preview_domain.clone(),
+            preview_auth_token: String::new(),
             token: String::new(),
             cpu_count: size.cpu_count,
             memory_mb: size.memory_mb,

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     lifecycle::{self, Denied},
+    previews::token::Token,
     refusal::Refusal,
     sandboxes::{Sandboxes, age},
     validate::{self, Invalid},
@@ -59,9 +60,13 @@ impl SandboxService for SandboxRpc {
         request: Request<CreateSandboxRequest>,
     ) -> Result<Response<CreateSandboxResponse>, Status> {
         let caller = key_caller(&request)?;
-        let order = validate::order(request.into_inner()).map_err(Refusal::from)?;
+        let mut asked = request.into_inner();
+        let token = asked.preview_auth.take().map(|auth| Token::asked(&auth)).transpose()?;
+        let mut order = validate::order(asked).map_err(Refusal::from)?;
+        order.preview_token_hash = token.as_ref().map(Token::hash).unwrap_or_default();
         let made = self.sandboxes.create(&caller.tenant, order).await?;
-        let sandbox = self.presenter.show(&made.record, &caller, self.sandboxes.clock.now())?;
+        let mut sandbox = self.presenter.show(&made.record, &caller, self.sandboxes.clock.now())?;
+        sandbox.preview_auth_token = token.map(Token::into_text).unwrap_or_default();
         Ok(Response::new(CreateSandboxResponse { sandbox: Some(sandbox) }))
     }
 

@@ -46,10 +46,10 @@ pub fn run(command: &ConfigCommand, home: Option<&Path>, output: Output) -> Resu
 
 fn checked_url(url: String) -> Result<String, Failure> {
     let (scheme, rest) = url.split_once("://").unwrap_or_default();
-    if scheme == "http" && !rest.is_empty() {
+    if matches!(scheme, "http" | "https") && !rest.is_empty() {
         return Ok(url);
     }
-    Err(Failure::Usage(format!("{url:?} is no URL: give http://HOST:PORT")))
+    Err(Failure::Usage(format!("{url:?} is no URL: give http(s)://HOST:PORT")))
 }
 
 /// Mistakes in copying a key are common: say so now rather than with every later command.

@@ -6,7 +6,7 @@ use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use oc_proto::v1::{
     CreateSandboxRequest, DeleteSandboxRequest, EgressPolicy, GetSandboxRequest, HibernateSandboxRequest,
-    ListSandboxesRequest, Sandbox, SandboxState, SetTimeoutRequest, WakeSandboxRequest,
+    ListSandboxesRequest, PreviewAuth, Sandbox, SandboxState, SetTimeoutRequest, WakeSandboxRequest,
 };
 
 use crate::{
@@ -46,11 +46,21 @@ pub async fn create(
             Some(Egress::None) => EgressPolicy::None,
         }
         .into(),
+        preview_auth: match (arguments.preview_auth, arguments.preview_auth_token) {
+            (None, None) => None,
+            (scheme, token) => {
+                Some(PreviewAuth { scheme: scheme.unwrap_or_default(), token: token.unwrap_or_default() })
+            }
+        },
     };
     let mut sandboxes = connection.sandboxes();
     let answer = sandboxes.create_sandbox(within(CREATE_TIMEOUT, request));
     let sandbox =
         progress::during("creating a sandbox", answer).await?.into_inner().sandbox.unwrap_or_default();
+    if !output.is_json() && !sandbox.preview_auth_token.is_empty() {
+        output::note("token that requests to its ports must show; it is shown only now:");
+        output::note(output::Printable(&sandbox.preview_auth_token));
+    }
     show(&sandbox, output)
 }
 

@@ -5,6 +5,7 @@
 //! | `api-key` | the key, for its owner only | stays |
 //! | `store.db*` | the embedded record store | stays |
 //! | `objects/` | the object store: what checkpoints are made of | stays |
+//! | `tls/` | what `--tls` made: the authority to trust, the gateway's certificate and key | stays |
 //! | `log/` | a log per service | stays |
 //! | `agent/` | the vmm-agent's: disks, journals, images made from templates | image caches stay |
 //! | `agent.img` | the filesystem that `agent/` is on, with `--data-image-mb` | removed |
@@ -25,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{config::write_secret, failure::Failure};
 
-use super::identity::Identity;
+use super::{certificates::Certificates, identity::Identity};
 
 /// A Unix socket's path has no more room: `sun_path` is 108 bytes with its NUL, unix(7).
 const SOCKET_PATH_BYTES: usize = 107;
@@ -93,6 +94,17 @@ impl Layout {
     /// The object store, if none is named.
     pub fn objects(&self) -> PathBuf {
         self.root.join("objects")
+    }
+
+    /// Certificates that were made here.
+    pub fn certificates(&self) -> Certificates {
+        Certificates::at(&self.root.join("tls"))
+    }
+
+    /// The authority that has signed the certificate of the gateway with this URL, if that was made here.
+    pub fn ca_of(&self, url: &str) -> Option<PathBuf> {
+        let ca = self.certificates().ca;
+        (url.starts_with("https://") && ca.is_file()).then_some(ca)
     }
 
     /// The vmm-agent's directory.

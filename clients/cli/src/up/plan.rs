@@ -34,6 +34,9 @@ pub const STOP_PATIENCE: Duration = Duration::from_secs(30);
 /// Where `make setup` puts templates: microVMs run as users of their own, who could not reach a home directory.
 const IMAGE_DIR: &str = "/var/cache/opencomputer/images";
 
+/// The gateway's own default.
+const PREVIEW_DOMAIN: &str = "preview.localhost";
+
 /// What to run.
 #[derive(Debug)]
 pub struct Plan {
@@ -64,7 +67,27 @@ pub struct Plan {
     /// Whether that may outlive this machine.
     is_object_store_elsewhere: bool,
     public_url: Option<String>,
+    preview_domain: Option<String>,
+    tls_dir: Option<PathBuf>,
+    /// How the gateway speaks TLS.
+    pub tls: Tls,
     accelerator: String,
+}
+
+/// How the gateway speaks TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tls {
+    /// Not at all.
+    None,
+    /// With certificates that are made here.
+    Made,
+    /// With these.
+    Files {
+        /// The chain.
+        certificate: PathBuf,
+        /// Its key.
+        key: PathBuf,
+    },
 }
 
 /// One service.
@@ -132,6 +155,15 @@ impl Plan {
             object_store,
             is_object_store_elsewhere: arguments.object_store.is_some(),
             public_url: arguments.public_url.clone(),
+            preview_domain: arguments.preview_domain.clone(),
+            tls_dir: arguments.tls_dir.as_deref().map(absolute).transpose()?,
+            tls: match (&arguments.tls_cert, &arguments.tls_key) {
+                (Some(certificate), Some(key)) => {
+                    Tls::Files { certificate: absolute(certificate)?, key: absolute(key)? }
+                }
+                _ if arguments.tls => Tls::Made,
+                _ => Tls::None,
+            },
             accelerator: arguments
                 .accelerator
                 .to_possible_value()
@@ -139,6 +171,28 @@ impl Plan {
             layout,
             bin_dir,
         })
+    }
+
+    /// Makes sure of the certificates that are made here, for a gateway that listens there.
+    pub fn ensure_certificates(&self, listen: SocketAddr) -> Result<(), Failure> {
+        match self.tls {
+            Tls::Made => {
+                let domain = self.preview_domain.as_deref().unwrap_or(PREVIEW_DOMAIN);
+                self.layout.certificates().ensure(listen, domain)
+            }
+            Tls::None | Tls::Files { .. } => Ok(()),
+        }
+    }
+
+    /// URL under which its gateway is reached from this machine.
+    pub fn local_url(&self, listen: SocketAddr) -> String {
+        let url = local_url(listen);
+        match (&self.tls, &self.public_url) {
+            (Tls::None, _) => url,
+            // Its certificate is for that name alone, most likely.
+            (Tls::Files { .. }, Some(public)) => public.clone(),
+            (Tls::Files { .. } | Tls::Made, _) => url.replacen("http://", "https://", 1),
+        }
     }
 
     /// Whether sandboxes are kept ready.
@@ -193,6 +247,22 @@ impl Plan {
         gateway.option("--listen", listen.to_string());
         if let Some(url) = &self.public_url {
             gateway.option("--public-url", url);
+        }
+        if let Some(domain) = &self.preview_domain {
+            gateway.option("--preview-domain", domain);
+        }
+        let made = self.layout.certificates();
+        let pair = match &self.tls {
+            Tls::None => None,
+            Tls::Made => Some((&made.certificate, &made.key)),
+            Tls::Files { certificate, key } => Some((certificate, key)),
+        };
+        if let Some((certificate, key)) = pair {
+            gateway.option("--tls-cert", certificate);
+            gateway.option("--tls-key", key);
+            if let Some(directory) = &self.tls_dir {
+                gateway.option("--tls-dir", directory);
+            }
         }
         [scheduler.service(true), agent.service(false), gateway.service(true)]
     }

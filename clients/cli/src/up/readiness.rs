@@ -5,7 +5,12 @@ use std::{cell::RefCell, io, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper::{Request, client::conn::http1, header::HOST};
+use hyper::{
+    Request, Uri,
+    client::conn::http1,
+    header::HOST,
+    rt::{Read, Write},
+};
 use hyper_util::rt::TokioIo;
 use oc_proto::v1::Node;
 use tokio::{
@@ -13,7 +18,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::{commands::nodes, config::Target, connection::Connection, failure::Failure, output::Printable};
+use crate::{
+    commands::nodes, config::Target, connection::Connection, failure::Failure, output::Printable,
+    tls::Connector,
+};
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -59,7 +67,7 @@ pub async fn wait(expected: &Expected<'_>, stage: &Stage) -> Result<Node, Failur
     let mut host = None;
     let waiting = async {
         stage.set("waiting for the gateway");
-        while let Some(missing) = missing(expected.address).await {
+        while let Some(missing) = missing(expected.address, expected.target).await {
             if !missing.is_empty() {
                 stage.set(&format!("waiting for the gateway: {missing}"));
             }
@@ -111,8 +119,8 @@ pub async fn wait(expected: &Expected<'_>, stage: &Stage) -> Result<Node, Failur
 }
 
 /// What the gateway says it lacks; none once it is ready.
-async fn missing(address: SocketAddr) -> Option<String> {
-    match timeout(PROBE_TIMEOUT, readyz(address)).await {
+async fn missing(address: SocketAddr, target: &Target) -> Option<String> {
+    match timeout(PROBE_TIMEOUT, readyz(address, target)).await {
         Ok(Ok(missing)) => missing,
         // It has not even begun to listen.
         Ok(Err(_)) | Err(_) => Some(String::new()),
@@ -120,9 +128,22 @@ async fn missing(address: SocketAddr) -> Option<String> {
 }
 
 /// `GET /readyz`: none if it answers 200, else the first line of what it says.
-async fn readyz(address: SocketAddr) -> io::Result<Option<String>> {
+async fn readyz(address: SocketAddr, target: &Target) -> io::Result<Option<String>> {
     let stream = TcpStream::connect(reachable(address)).await?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
+    if !target.url.starts_with("https://") {
+        return asked(TokioIo::new(stream), address).await;
+    }
+    let connector = Connector::new("http/1.1", target.ca_file.as_deref()).map_err(io::Error::other)?;
+    let host = target.url.parse::<Uri>().ok().and_then(|url| url.host().map(str::to_owned));
+    let stream = connector.connect(&host.unwrap_or_default(), stream).await?;
+    asked(TokioIo::new(stream), address).await
+}
+
+async fn asked<I>(io: I, address: SocketAddr) -> io::Result<Option<String>>
+where
+    I: Read + Write + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = http1::handshake(io).await.map_err(io::Error::other)?;
     let request = Request::get("/readyz")
         .header(HOST, address.to_string())
         .body(Empty::<Bytes>::new())
@@ -164,6 +185,10 @@ mod tests {
 
     use super::*;
 
+    fn target(address: SocketAddr) -> Target {
+        Target { url: format!("http://{address}"), key: String::new(), ca_file: None }
+    }
+
     async fn answered(answer: &'static str) -> Option<String> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -176,7 +201,8 @@ mod tests {
             assert!(request.starts_with(b"GET /readyz HTTP/1.1\r\n"));
             stream.write_all(answer.as_bytes()).await.unwrap();
         };
-        tokio::join!(missing(address), serve).0
+        let target = target(address);
+        tokio::join!(missing(address, &target), serve).0
     }
 
     #[tokio::test]
@@ -192,6 +218,6 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
-        assert_eq!(missing(address).await.as_deref(), Some(""));
+        assert_eq!(missing(address, &target(address)).await.as_deref(), Some(""));
     }
 }

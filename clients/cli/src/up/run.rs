@@ -14,7 +14,7 @@ use super::{
     key,
     layout::{Layout, Mesh},
     log,
-    plan::{AGENT, GATEWAY, Plan, SCHEDULER, local_url},
+    plan::{AGENT, GATEWAY, Plan, SCHEDULER},
     readiness::{self, Expected, Stage},
     report::{Ready, Reporter},
     stop,
@@ -101,7 +101,9 @@ fn prepare(plan: &Plan) -> Result<(Target, SocketAddr, Supervision), Failure> {
         layout.prepare_store()?;
     }
     let address = plan.free_address()?;
-    let target = Target { url: local_url(address), key: key.expose().to_owned() };
+    plan.ensure_certificates(address)?;
+    let url = plan.local_url(address);
+    let target = Target { ca_file: layout.ca_of(&url), url, key: key.expose().to_owned() };
     let supervisor =
         Identity::current().map_err(|error| Failure::local("cannot read /proc of this process", error))?;
     layout.write_mesh(&Mesh {

@@ -120,7 +120,11 @@ pub async fn down(layout: &Layout, bin_dir: Option<&Path>, output: Output) -> Re
         if layout.is_alive(GATEWAY)
             && let Some(key) = key::read(&layout.api_key())?
         {
-            let target = Target { url: mesh.url.clone(), key: key.expose().to_owned() };
+            let target = Target {
+                url: mesh.url.clone(),
+                key: key.expose().to_owned(),
+                ca_file: layout.ca_of(&mesh.url),
+            };
             progress::during("deleting sandboxes", delete_sandboxes(&target, &mesh.host_id)).await;
         }
         leftovers(layout, &mut reporter).await?;

@@ -1,7 +1,7 @@
 //! `make bench`: what the mesh takes, beside what the VMM alone takes, measured here and now. Prints Markdown.
 //!
 //! - [`floor`]: QEMU alone, with none of our code.
-//! - [`create`], [`calls`], [`transfer`], [`memory`], [`streams`], [`crowd`]: one subject each.
+//! - [`create`], [`calls`], [`transfer`], [`memory`], [`streams`], [`agents`], [`previews`], [`crowd`]: one subject each.
 //! - [`network`]: what it adds to a create, how many there can be, and what passes through one.
 //! - [`captures`], [`curve`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
@@ -16,6 +16,7 @@ mod curve;
 mod floor;
 mod memory;
 mod network;
+mod previews;
 mod streams;
 mod table;
 mod timed;
@@ -34,7 +35,7 @@ use self::table::Table;
 struct Arguments {
     /// Subjects to measure, beside the floor; all where none is named
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "idle", "agents", "network", "captures", "curve", "crowd"])]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "idle", "agents", "previews", "network", "captures", "curve", "crowd"])]
     only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
@@ -74,6 +75,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("idle") {
         streams::idle(&mesh, &mut table).await.context("idle attachments")?;
+    }
+    if wanted("previews") {
+        previews::measure(&mesh, &mut table).await.context("previews")?;
     }
     mesh.stop()?;
     let ours = match wanted("captures") {

@@ -26,6 +26,7 @@ use crate::{
     checkpoints::{Checkpoints, fork::Wanted, take::Order},
     flows::Flows,
     ledger::Ledger,
+    previews::Previews,
     quota::Quota,
     reconcile::{Pace, Reconciler},
     refusal::Refusal,
@@ -103,6 +104,7 @@ impl Mesh {
         let reconciler = Reconciler {
             sandboxes: sandboxes.clone(),
             checkpoints: checkpoints.clone(),
+            previews: Previews::new(sandboxes.clone(), store.clone(), views.clone()).await.unwrap(),
             store: store.clone(),
             schedulers,
             scheduler_id: "only".into(),

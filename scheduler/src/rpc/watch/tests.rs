@@ -76,6 +76,7 @@ impl Mesh {
             admin: false,
             sandbox: token.map(String::from),
             public_url: "http://here".into(),
+            preview_domain: "preview.localhost".into(),
             request_id: "r".into(),
         };
         let mut headers = http::HeaderMap::new();

@@ -1,0 +1,216 @@
+//! Which port of which sandbox a request is for.
+//!
+//! A preview stands behind the same address as the API, so the host name alone decides. What names two hosts, or names its
+//! host in the request's target, is refused: a proxy in front of us may have decided by the other one.
+
+use http::{Method, Request, Version, header::HOST};
+use oc_mesh::view::View;
+use oc_proto::mesh::PreviewDomain;
+
+/// What a request is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// This port of this sandbox, whose ID may be anybody's guess.
+    Port {
+        /// The sandbox.
+        sandbox_id: String,
+        /// The port.
+        port: u16,
+    },
+    /// The preview of this sandbox that has this host name of its own.
+    Own {
+        /// The sandbox.
+        sandbox_id: String,
+        /// The host name.
+        domain: String,
+    },
+    /// A host name of ours that is no port's.
+    Nowhere,
+}
+
+/// A request that is for a preview, and could be read in two ways.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// It names no host once.
+    #[error("a request to a preview names its host once, in Host or :authority")]
+    Host,
+    /// It is for a proxy.
+    #[error("the target of a request to a preview is a path")]
+    Target,
+}
+
+/// The host names that lead to previews.
+#[derive(Debug)]
+pub struct Hosts {
+    domain: String,
+    gateway: Option<String>,
+    own: View<PreviewDomain>,
+}
+
+impl Hosts {
+    /// Names under `domain`, and those in `own`, but for the gateway's.
+    #[must_use]
+    pub fn new(domain: &str, public_url: &str, own: View<PreviewDomain>) -> Self {
+        let gateway = public_url.parse::<http::Uri>().ok();
+        let gateway = gateway.and_then(|url| url.host().map(str::to_ascii_lowercase));
+        Self { domain: domain.to_ascii_lowercase(), gateway, own }
+    }
+
+    /// The domain of ports' host names.
+    #[must_use]
+    pub fn domain(&self) -> &str {
+        &self.domain
+    }
+
+    /// What a request is for, if that is a preview.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn place<B>(&self, request: &Request<B>) -> Option<Result<Place, Malformed>> {
+        let named = || request.headers().get_all(HOST).iter().map(|value| value.to_str().unwrap_or_default());
+        let target = request.uri().authority().map(http::uri::Authority::as_str);
+        let place = target.into_iter().chain(named()).find_map(|name| self.look_up(name))?;
+        let (hosts, path) = (named().count(), request.uri().path());
+        let checked = if request.version() < Version::HTTP_2 {
+            match () {
+                () if target.is_some() || request.method() == Method::CONNECT || !path.starts_with('/') => {
+                    Err(Malformed::Target)
+                }
+                () if hosts != 1 => Err(Malformed::Host),
+                () => Ok(place),
+            }
+        } else {
+            let agrees = hosts == 0 || hosts == 1 && (target.is_none() || named().next() == target);
+            match () {
+                () if request.method() == Method::CONNECT || !path.starts_with('/') => Err(Malformed::Target),
+                () if !agrees => Err(Malformed::Host),
+                () => Ok(place),
+            }
+        };
+        Some(checked)
+    }
+
+    /// What a host name leads to, if that is a preview.
+    fn look_up(&self, authority: &str) -> Option<Place> {
+        let name = name_of(authority)?.to_ascii_lowercase();
+        if self.gateway.as_deref() == Some(name.as_str()) {
+            return None;
+        }
+        if let Some(label) = name.strip_suffix(&self.domain) {
+            if label.is_empty() {
+                return Some(Place::Nowhere);
+            }
+            if let Some(label) = label.strip_suffix('.') {
+                return Some(port_of(label).unwrap_or(Place::Nowhere));
+            }
+        }
+        let claim = self.own.get(&name)?;
+        Some(Place::Own { sandbox_id: claim.sandbox_id.clone(), domain: name })
+    }
+}
+
+/// The host of `host`, `host:port`, `user@host`: without what does not name it.
+fn name_of(authority: &str) -> Option<&str> {
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    // An IPv6 address is none of ours.
+    let host = host.split(':').next()?;
+    let host = host.strip_suffix('.').unwrap_or(host);
+    (!host.is_empty()).then_some(host)
+}
+
+/// `{sandboxID}-p{port}`.
+fn port_of(label: &str) -> Option<Place> {
+    let (sandbox_id, port) = label.rsplit_once("-p")?;
+    let is_number =
+        !port.is_empty() && !port.starts_with('0') && port.bytes().all(|byte| byte.is_ascii_digit());
+    let port = port.parse().ok().filter(|_| is_number)?;
+    let is_label = !sandbox_id.is_empty() && !sandbox_id.contains('.');
+    is_label.then(|| Place::Port { sandbox_id: sandbox_id.to_owned(), port })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use oc_mesh::{
+        keys, record,
+        store::{self, Txn},
+    };
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    async fn hosts() -> Hosts {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("file://{}", directory.path().join("store.db").display());
+        let store = store::open(&url).await.unwrap();
+        let claim = PreviewDomain { sandbox_id: "sb-own".into(), claimed_at: None };
+        let then = ["app.example", "gate.example"]
+            .map(|name| record::put(keys::preview_domain(name), &claim))
+            .to_vec();
+        store.txn(Txn { compare: vec![], then }).await.unwrap();
+        let own = View::start(Arc::clone(&store), keys::PREVIEW_DOMAINS, CancellationToken::new());
+        Hosts::new("preview.localhost", "https://gate.example:8443/x", own.await.unwrap())
+    }
+
+    fn request(version: Version, target: &str, hosts: &[&str]) -> Request<()> {
+        let mut request = Request::builder().version(version).uri(target);
+        for host in hosts {
+            request = request.header(HOST, *host);
+        }
+        request.body(()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn host_names_lead_to_ports() {
+        let hosts = hosts().await;
+        let at = |host: &str| hosts.place(&request(Version::HTTP_11, "/", &[host])).map(Result::unwrap);
+        let port = |port| Some(Place::Port { sandbox_id: "sb-1".into(), port });
+        assert_eq!(at("sb-1-p80.preview.localhost"), port(80));
+        assert_eq!(at("SB-1-P65535.Preview.LocalHost.:8080"), port(65_535));
+        assert_eq!(
+            at("sb-p1-p80.preview.localhost"),
+            Some(Place::Port { sandbox_id: "sb-p1".into(), port: 80 })
+        );
+        for nowhere in [
+            "preview.localhost",
+            "x.preview.localhost",
+            "sb-1-p0.preview.localhost",
+            "sb-1-p65536.preview.localhost",
+            "sb-1-p080.preview.localhost",
+            "sb-1-p+80.preview.localhost",
+            "sb-1-p.preview.localhost",
+            "-p80.preview.localhost",
+            "a.sb-1-p80.preview.localhost",
+        ] {
+            assert_eq!(at(nowhere), Some(Place::Nowhere), "{nowhere}");
+        }
+        let own = Place::Own { sandbox_id: "sb-own".into(), domain: "app.example".into() };
+        assert_eq!(at("App.example:443"), Some(own));
+        for api in ["localhost:8080", "127.0.0.1", "[::1]:8080", "gate.example", "xpreview.localhost", ""] {
+            assert_eq!(at(api), None, "{api}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_could_be_read_in_two_ways_is_refused() {
+        let hosts = hosts().await;
+        let (own, other) = ("sb-1-p80.preview.localhost", "gate.example");
+        let place = |version, target: &str, names: &[&str]| hosts.place(&request(version, target, names));
+        let (h1, h2) = (Version::HTTP_11, Version::HTTP_2);
+        let absolute = format!("http://{own}/");
+        assert_eq!(place(h1, &absolute, &[own]), Some(Err(Malformed::Target)));
+        assert_eq!(place(h1, &absolute, &[other]), Some(Err(Malformed::Target)));
+        assert_eq!(place(h1, &format!("http://{other}/"), &[own]), Some(Err(Malformed::Target)));
+        assert_eq!(place(h1, "*", &[own]), Some(Err(Malformed::Target)));
+        assert_eq!(place(h1, "/", &[own, own]), Some(Err(Malformed::Host)));
+        assert_eq!(place(h1, "/", &[other, own]), Some(Err(Malformed::Host)));
+        let connect =
+            Request::builder().method(Method::CONNECT).uri(format!("{own}:80")).header(HOST, own).body(());
+        assert_eq!(hosts.place(&connect.unwrap()), Some(Err(Malformed::Target)));
+        assert!(matches!(place(h2, &absolute, &[]), Some(Ok(Place::Port { .. }))));
+        assert!(matches!(place(h2, &absolute, &[own]), Some(Ok(Place::Port { .. }))));
+        assert_eq!(place(h2, &absolute, &[other]), Some(Err(Malformed::Host)));
+        assert_eq!(place(h2, &format!("http://{other}/"), &[own]), Some(Err(Malformed::Host)));
+    }
+}

@@ -1,0 +1,112 @@
+//! A connection to a port, as the HTTP/1.1 that is spoken over it.
+//!
+//! It has no task of its own: it moves while somebody sends by it or reads its answer, in the task of who does. That saves each
+//! request two wakes of other tasks: switching between tasks was the largest single part of a request. What a port does to a connection that nobody uses is seen
+//! when it is taken up again.
+
+use std::{
+    fmt,
+    future::poll_fn,
+    pin::{Pin, pin},
+    task::{Context, Poll},
+};
+
+use http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::{
+        TrySendError,
+        http1::{self, SendRequest},
+    },
+};
+use hyper_util::rt::TokioIo;
+
+use super::{connection::PortStream, streamed::Upload};
+
+/// Bytes of an answer that are read at once, its head among them.
+const BUFFER: usize = 256 << 10;
+
+type Driver = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
+
+/// A connection that requests are sent by, one after the other.
+pub struct Line {
+    sender: SendRequest<Upload>,
+    /// What moves bytes; none once it has ended.
+    driver: Option<Driver>,
+}
+
+impl fmt::Debug for Line {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Line").field("has_ended", &self.driver.is_none()).finish_non_exhaustive()
+    }
+}
+
+impl Line {
+    /// Over a connection that is open.
+    ///
+    /// # Errors
+    /// hyper's.
+    pub async fn new(stream: PortStream) -> hyper::Result<Self> {
+        let (sender, connection) =
+            http1::Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(stream)).await?;
+        Ok(Self { sender, driver: Some(Box::pin(connection.with_upgrades())) })
+    }
+
+    /// Moves what can be moved now.
+    pub fn drive(&mut self, context: &mut Context<'_>) {
+        let Some(driver) = &mut self.driver else { return };
+        if let Poll::Ready(ended) = driver.as_mut().poll(context) {
+            self.driver = None;
+            if let Err(error) = ended {
+                tracing::debug!(%error, "a connection to a port broke");
+            }
+        }
+    }
+
+    /// Waits until it takes a request.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub async fn ready(&mut self) -> hyper::Result<()> {
+        poll_fn(|context| {
+            self.drive(context);
+            self.sender.poll_ready(context)
+        })
+        .await
+    }
+
+    /// Sends a request, and waits for the beginning of the answer. The rest comes while that is read and this is
+    /// [driven](Self::drive).
+    ///
+    /// # Errors
+    /// hyper's, with the request if it was not sent.
+    pub async fn send(
+        &mut self,
+        request: Request<Upload>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<Upload>>> {
+        let mut sent = pin!(self.sender.try_send_request(request));
+        let driver = &mut self.driver;
+        poll_fn(|context| {
+            if let Some(moving) = driver
+                && moving.as_mut().poll(context).is_ready()
+            {
+                *driver = None;
+            }
+            sent.as_mut().poll(context)
+        })
+        .await
+    }
+
+    /// Moves until it has ended, or has been switched over.
+    pub async fn finish(mut self) {
+        if let Some(driver) = self.driver.take() {
+            let _ = driver.await;
+        }
+    }
+
+    /// Whether it is known to have ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.driver.is_none() || self.sender.is_closed()
+    }
+}

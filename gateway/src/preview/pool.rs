@@ -1,0 +1,161 @@
+//! Places and connections, sandbox by sandbox.
+//!
+//! A request holds one of its sandbox's places from before it is connected until the end of its answer, so that one sandbox takes
+//! no more than its share of the gateway and of its own host, and waits behind nobody else's. A connection whose answer has
+//! ended is kept for the next request to the same port, for a moment only: an open one counts as use of the sandbox.
+
+use std::{collections::HashMap, sync::Arc, task::Context, time::Duration};
+
+use oc_mesh::error::{Reason, status};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, interval, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use super::{Limits, line::Line};
+
+/// Connections that a sandbox's requests leave behind at most. With those in use, fewer than a guest has room for.
+const KEPT_PER_SANDBOX: usize = 64;
+/// How often connections that are kept are looked at.
+const SWEEP: Duration = Duration::from_secs(1);
+/// How long a connection that has just been given back may take to be ready again.
+const READY: Duration = Duration::from_millis(20);
+
+/// All sandboxes' places and connections. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    limits: Limits,
+    sandboxes: Arc<Mutex<HashMap<String, Arc<Shelf>>>>,
+}
+
+/// One sandbox's.
+#[derive(Debug)]
+struct Shelf {
+    places: Arc<Semaphore>,
+    kept: Mutex<Vec<Kept>>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    port: u16,
+    line: Line,
+    since: Instant,
+}
+
+/// A request's place among those of its sandbox.
+#[derive(Debug)]
+pub struct Place {
+    shelf: Arc<Shelf>,
+    port: u16,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A place, with the connection that it uses.
+#[derive(Debug)]
+pub struct Lease {
+    place: Place,
+    line: Line,
+}
+
+impl Pool {
+    /// Nobody's yet.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, sandboxes: Arc::default() }
+    }
+
+    /// A place for a request to a port.
+    ///
+    /// # Errors
+    /// `OVERLOADED` if the sandbox has none in time.
+    pub async fn place(&self, sandbox_id: &str, port: u16) -> Result<Place, Status> {
+        let shelf = {
+            let mut sandboxes = self.sandboxes.lock();
+            match sandboxes.get(sandbox_id) {
+                Some(shelf) => Arc::clone(shelf),
+                None => {
+                    let places = Arc::new(Semaphore::new(self.limits.per_sandbox));
+                    let shelf = Arc::new(Shelf { places, kept: Mutex::default() });
+                    sandboxes.insert(sandbox_id.to_owned(), Arc::clone(&shelf));
+                    shelf
+                }
+            }
+        };
+        let permit = timeout(self.limits.place, Arc::clone(&shelf.places).acquire_owned()).await;
+        match permit {
+            Ok(Ok(permit)) => Ok(Place { shelf, port, _permit: permit }),
+            // The semaphore is never closed: only time runs out.
+            Ok(Err(_)) | Err(_) => {
+                metrics::counter!("oc_gateway_shed_total").increment(1);
+                Err(status(
+                    Reason::Overloaded,
+                    "the sandbox has as many requests to its ports as it may have",
+                ))
+            }
+        }
+    }
+
+    /// Ends connections that nobody has used for a while, and forgets sandboxes that have none, until `ended`.
+    pub async fn sweep(self, ended: CancellationToken) {
+        let mut tick = interval(SWEEP.min(self.limits.kept));
+        while ended.run_until_cancelled(tick.tick()).await.is_some() {
+            let kept = self.limits.kept;
+            self.sandboxes.lock().retain(|_, shelf| {
+                let mut connections = shelf.kept.lock();
+                connections.retain(|kept_one| kept_one.since.elapsed() < kept && !kept_one.line.has_ended());
+                !connections.is_empty() || Arc::strong_count(shelf) > 1
+            });
+        }
+        self.clear();
+    }
+
+    /// Ends all connections that are kept.
+    pub fn clear(&self) {
+        self.sandboxes.lock().clear();
+    }
+}
+
+impl Place {
+    /// A connection that was kept, if there is one that still stands: the one that was used last.
+    pub async fn kept(&self) -> Option<Line> {
+        loop {
+            let mut line = {
+                let mut kept = self.shelf.kept.lock();
+                let at = kept.iter().rposition(|kept| kept.port == self.port)?;
+                kept.remove(at).line
+            };
+            if matches!(timeout(READY, line.ready()).await, Ok(Ok(()))) {
+                return Some(line);
+            }
+        }
+    }
+
+    /// Takes a connection into use.
+    #[must_use]
+    pub fn with(self, line: Line) -> Lease {
+        Lease { place: self, line }
+    }
+}
+
+impl Lease {
+    /// Moves the connection.
+    pub fn drive(&mut self, context: &mut Context<'_>) {
+        self.line.drive(context);
+    }
+
+    /// Keeps the connection for the next request, and frees the place.
+    pub fn give_back(self) {
+        let Self { place, line } = self;
+        if line.has_ended() {
+            return;
+        }
+        let mut kept = place.shelf.kept.lock();
+        if kept.len() >= KEPT_PER_SANDBOX {
+            kept.remove(0);
+        }
+        kept.push(Kept { port: place.port, line, since: Instant::now() });
+    }
+}

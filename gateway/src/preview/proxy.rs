@@ -1,0 +1,257 @@
+//! A request to a port, and the port's answer.
+
+use std::sync::Arc;
+
+use http::{Method, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts};
+use http_body::Body as _;
+use hyper::{body::Incoming, client::conn::TrySendError};
+use oc_mesh::error::{Reason, reason_of, status};
+use tonic::{Status, body::Body};
+
+use super::{
+    Peer,
+    connection::PortStream,
+    headers::{self, ask_for_websocket, asks_for_websocket},
+    host::{self, Malformed},
+    line::Line,
+    page, pool,
+    streamed::{Answer, Movement, Upload},
+    token,
+    tunnel::Tunnel,
+};
+use crate::{
+    app::App,
+    auth::Identity,
+    exchange::Exchange,
+    failure::presentable,
+    upstream::{Patience, trusted_headers},
+};
+
+/// What names these requests in logs and metrics: their paths are their sandboxes' own.
+const ROUTE: &str = "preview";
+
+/// Answers a request to a preview.
+pub async fn serve(
+    app: &Arc<App>,
+    exchange: &Arc<Exchange>,
+    place: Result<host::Place, Malformed>,
+    request: Request<Body>,
+) -> Response<Body> {
+    exchange.set_route(ROUTE);
+    let html = page::wants_html(request.headers());
+    let passed = async {
+        let place = place.map_err(|error| status(Reason::InvalidArgument, error.to_string()))?;
+        let (mut parts, body) = request.into_parts();
+        let to = To::find(app, exchange, place, &mut parts).await?;
+        to.pass(parts, body).await
+    };
+    // Boxed: requests that are not for a port should not carry its weight.
+    match Box::pin(passed).await {
+        Ok(response) => response,
+        Err(error) => page::answer(&presentable(error), html, &exchange.request_id),
+    }
+}
+
+/// A port that a request may be passed on to.
+struct To<'a> {
+    app: &'a Arc<App>,
+    exchange: &'a Arc<Exchange>,
+    identity: Identity,
+    sandbox_id: String,
+    port: u16,
+}
+
+impl<'a> To<'a> {
+    /// The port, once the token was shown that it asks for.
+    async fn find(
+        app: &'a Arc<App>,
+        exchange: &'a Arc<Exchange>,
+        place: host::Place,
+        parts: &mut Parts,
+    ) -> Result<Self, Status> {
+        let nowhere = || status(Reason::PreviewNotFound, "no port of a sandbox is reached by this host name");
+        let (sandbox_id, port, domain) = match place {
+            host::Place::Port { sandbox_id, port } => (sandbox_id, Some(port), None),
+            host::Place::Own { sandbox_id, domain } => (sandbox_id, None, Some(domain)),
+            host::Place::Nowhere => return Err(nowhere()),
+        };
+        let shown = app.upstreams.sandboxes().shown(&sandbox_id).await?;
+        let port = match domain {
+            Some(domain) => shown.port_of(&domain).ok_or_else(nowhere)?,
+            None => port.ok_or_else(nowhere)?,
+        };
+        // Before anything else is said or done, waking among it.
+        token::check(&mut parts.headers, shown.token_hash())?;
+        exchange.set_tenant(shown.tenant());
+        exchange.set_sandbox(&sandbox_id);
+        let identity =
+            Identity::Sandbox { tenant: shown.tenant().to_owned(), sandbox_id: sandbox_id.clone() };
+        Ok(Self { app, exchange, identity, sandbox_id, port })
+    }
+
+    async fn pass(self, mut parts: Parts, body: Body) -> Result<Response<Body>, Status> {
+        let limits = self.app.previews.limits;
+        let patience = Patience::of(&parts.headers);
+        let peer = parts.extensions.get::<Peer>().copied();
+        let authority = match parts.uri.authority() {
+            Some(authority) => authority.as_str().to_owned(),
+            None => {
+                parts.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned()
+            }
+        };
+        let is_upgrade = parts.version == Version::HTTP_11
+            && parts.method == Method::GET
+            && asks_for_websocket(&parts.headers);
+        let has_body = !body.is_end_stream();
+        headers::to_port(&mut parts.headers, &authority, peer, &self.exchange.request_id, has_body);
+        let room = match is_upgrade {
+            true => {
+                ask_for_websocket(&mut parts.headers);
+                Some(self.app.websockets.place()?)
+            }
+            false => None,
+        };
+        parts.uri = target(&parts.uri);
+        parts.version = Version::HTTP_11;
+        let client = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
+        parts.extensions = http::Extensions::new();
+
+        // Nobody uses a sandbox that is gone, by a connection that is still there either.
+        self.app.upstreams.check(&self.identity, &self.sandbox_id).await?;
+        let place = self.app.previews.pool.place(&self.sandbox_id, self.port).await?;
+        let movement = Movement::default();
+        let upload = if has_body { Upload::new(body, movement.clone()) } else { Upload::empty() };
+        let request = Request::from_parts(parts, upload);
+        let sent = self.send(&place, request, has_body, patience, &movement);
+        let (line, mut answer) = sent.await?;
+
+        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let (Some(room), Some(client)) = (room, client) else {
+                return Err(self.reset("switched protocols without being asked"));
+            };
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+            let mut kept = answer.headers().clone();
+            headers::remove_hop_by_hop(&mut kept);
+            ask_for_websocket(&mut kept);
+            *response.headers_mut() = kept;
+            let exchange = Arc::clone(self.exchange);
+            let tunnel = Tunnel { client, line, answer, place, room, silence: limits.silence, exchange };
+            let stop = self.app.draining();
+            self.app.previews.tasks.spawn(tunnel.run(stop));
+            return Ok(response);
+        }
+        headers::remove_hop_by_hop(answer.headers_mut());
+        let (mut head, incoming) = answer.into_parts();
+        head.version = Version::default();
+        head.extensions = http::Extensions::new();
+        Ok(Response::from_parts(head, Body::new(Answer::new(incoming, place.with(line), limits.silence))))
+    }
+
+    /// Sends a request by a connection that was kept, or by a new one. One that turns out to have been ended by the port while it
+    /// was kept is replaced, if the port has not seen the request or may see it twice.
+    async fn send(
+        &self,
+        place: &pool::Place,
+        mut request: Request<Upload>,
+        has_body: bool,
+        patience: Patience,
+        movement: &Movement,
+    ) -> Result<(Line, Response<Incoming>), Status> {
+        let limits = self.app.previews.limits;
+        loop {
+            let kept = place.kept().await;
+            let is_kept = kept.is_some();
+            let mut line = match kept {
+                Some(line) => line,
+                None => self.connect(patience).await?,
+            };
+            let again = (is_kept && !has_body && request.method().is_idempotent()).then(|| copy(&request));
+            movement.note();
+            let sent = tokio::select! {
+                sent = line.send(request) => sent,
+                () = movement.stopped(limits.answer) => {
+                    let text = format!("port {}: no answer within {} s", self.port, limits.answer.as_secs());
+                    return Err(status(Reason::DeadlineExceeded, text));
+                }
+            };
+            match sent {
+                Ok(answer) => return Ok((line, answer)),
+                Err(error) => request = self.may_repeat(error, is_kept, again)?,
+            }
+        }
+    }
+
+    fn may_repeat(
+        &self,
+        mut error: TrySendError<Request<Upload>>,
+        is_kept: bool,
+        again: Option<Request<Upload>>,
+    ) -> Result<Request<Upload>, Status> {
+        let unsent = error.take_message().filter(|_| is_kept);
+        let error = error.into_error();
+        // What does not speak HTTP does not speak it on a new connection either.
+        let broke = !error.is_parse();
+        match unsent.or_else(|| again.filter(|_| broke)) {
+            Some(request) => Ok(request),
+            None => {
+                tracing::debug!(%error, port = self.port, request_id = self.exchange.request_id, "no answer");
+                Err(self.reset(if broke {
+                    "the connection broke before an answer"
+                } else {
+                    "what answers does not speak HTTP/1.1"
+                }))
+            }
+        }
+    }
+
+    fn reset(&self, text: &str) -> Status {
+        status(Reason::PortReset, format!("port {}: {text}", self.port))
+    }
+
+    /// A new connection. A sandbox that sleeps is woken.
+    async fn connect(&self, patience: Patience) -> Result<Line, Status> {
+        let trusted =
+            trusted_headers(&self.app.caller(&self.identity, self.exchange), Some(&self.sandbox_id));
+        let upstreams = &self.app.upstreams;
+        let within = self.app.previews.limits.connect;
+        let channel = upstreams.host(&self.identity, &self.sandbox_id, &trusted, patience).await?;
+        let open = |channel| PortStream::open(channel, &self.sandbox_id, self.port, trusted.clone(), within);
+        let stream = match open(channel).await {
+            // It fell asleep on the way there.
+            Err(error) if reason_of(&error).as_deref() == Some(Reason::SandboxHibernated.as_str()) => {
+                upstreams.wake(&self.sandbox_id, &trusted, patience).await?;
+                open(upstreams.host(&self.identity, &self.sandbox_id, &trusted, patience).await?).await
+            }
+            opened => opened,
+        }
+        .map_err(|error| self.told(error))?;
+        Line::new(stream).await.map_err(|error| self.reset(&format!("no connection: {error}")))
+    }
+
+    /// The error, in words for who does not know the sandbox.
+    fn told(&self, error: Status) -> Status {
+        match reason_of(&error).as_deref() {
+            Some(reason) if reason == Reason::PortNotListening.as_str() => {
+                let text =
+                    format!("Nobody listens on port {} in this sandbox. Start a server there.", self.port);
+                status(Reason::PortNotListening, text)
+            }
+            _ => error,
+        }
+    }
+}
+
+/// The same request, which has no body.
+fn copy(request: &Request<Upload>) -> Request<Upload> {
+    let mut copy = Request::new(Upload::empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.headers_mut() = request.headers().clone();
+    copy
+}
+
+/// The target as a port gets it: path and query alone.
+fn target(uri: &Uri) -> Uri {
+    uri.path_and_query().map_or_else(|| Uri::from_static("/"), |path| path.clone().into())
+}

@@ -1,0 +1,146 @@
+//! All that the gateway speaks, by TLS.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use http::{Request, header::CONTENT_TYPE};
+use http_body_util::BodyExt as _;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use oc_gateway::{
+    listener::{self, Limits},
+    tls::{Certificates, Files},
+};
+use oc_proto::v1::GetSandboxRequest;
+use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest as _};
+use tonic::body::Body;
+
+use crate::{
+    client::collect,
+    mesh::{Mesh, SANDBOX},
+    ports::Server,
+};
+
+/// A mesh, and the same gateway by TLS.
+struct Bed {
+    mesh: Mesh,
+    address: SocketAddr,
+    roots: RootCertStore,
+    default: CertificateDer<'static>,
+    own: CertificateDer<'static>,
+}
+
+impl Bed {
+    async fn new() -> Self {
+        let mut mesh = Mesh::start().await;
+        let directory = mesh.directory.path().to_owned();
+        let write = |stem: &str, names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let made = rcgen::generate_simple_self_signed(names).unwrap();
+            std::fs::write(directory.join(format!("{stem}.crt")), made.cert.pem()).unwrap();
+            std::fs::write(directory.join(format!("{stem}.key")), made.signing_key.serialize_pem()).unwrap();
+            made.cert.der().clone()
+        };
+        let default = write("server", &["localhost", "*.preview.localhost"]);
+        std::fs::create_dir(directory.join("own")).unwrap();
+        let own = write("own/app.example", &["app.example"]);
+        let files = Files {
+            certificate: directory.join("server.crt"),
+            key: directory.join("server.key"),
+            directory: Some(directory.join("own")),
+        };
+        let tls = Certificates::load(files).unwrap().server().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let app = Arc::clone(&mesh.app);
+        let stop = mesh.stop.clone();
+        mesh.tasks.spawn(listener::serve(listener, Some(tls), app, Limits::default(), stop));
+        let mut roots = RootCertStore::empty();
+        for certificate in [&default, &own] {
+            roots.add(certificate.clone()).unwrap();
+        }
+        Self { mesh, address, roots, default, own }
+    }
+
+    async fn connect(&self, name: &str, protocol: &str) -> TlsStream<TcpStream> {
+        let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(self.roots.clone())
+            .with_no_client_auth();
+        config.alpn_protocols = vec![protocol.into()];
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        let name = ServerName::try_from(name.to_owned()).unwrap();
+        let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(protocol.as_bytes()));
+        stream
+    }
+}
+
+#[tokio::test]
+async fn rest_grpc_previews_and_websockets_work_by_tls() {
+    let (bed, server) = (Bed::new().await, Server::start().await);
+    let name = format!("{SANDBOX}-p{}.preview.localhost", server.port);
+
+    // REST, by HTTP/1.1.
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(bed.connect("localhost", "http/1.1").await))
+            .await
+            .unwrap();
+    let driver = tokio::spawn(connection);
+    let request = Request::get(format!("/api/sandboxes/{SANDBOX}"))
+        .header("host", "localhost")
+        .header("x-api-key", &bed.mesh.key)
+        .body(Body::empty());
+    let answer = collect(sender.send_request(request.unwrap()).await.unwrap()).await;
+    assert_eq!((answer.status.as_u16(), &answer.json()["sandboxID"]), (200, &SANDBOX.into()));
+    driver.abort();
+
+    // A preview and gRPC, by HTTP/2.
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(
+        TokioExecutor::new(),
+        TokioIo::new(bed.connect(&name, "h2").await),
+    )
+    .await
+    .unwrap();
+    let driver = tokio::spawn(connection);
+    let request = Request::get(format!("https://{name}/echo")).body(Body::empty()).unwrap();
+    let seen = collect(sender.send_request(request).await.unwrap()).await.json();
+    assert_eq!(
+        (&seen["headers"]["x-forwarded-proto"], &seen["headers"]["host"]),
+        (&"https".into(), &name.clone().into())
+    );
+    let call = Request::post("https://localhost/oc.v1.SandboxService/GetSandbox")
+        .header(CONTENT_TYPE, "application/grpc")
+        .header("te", "trailers")
+        .header("x-api-key", &bed.mesh.key);
+    let message = prost::Message::encode_to_vec(&GetSandboxRequest { sandbox_id: SANDBOX.into() });
+    let mut framed = vec![0, 0, 0, 0, message.len() as u8];
+    framed.extend(message);
+    let body = Body::new(http_body_util::Full::new(bytes::Bytes::from(framed)));
+    let answer = sender.send_request(call.body(body).unwrap()).await.unwrap();
+    let trailers = answer.into_body().collect().await.unwrap();
+    assert_eq!(trailers.trailers().unwrap()["grpc-status"], "0");
+    driver.abort();
+
+    // A WebSocket.
+    let asked = format!("wss://{name}/ws").into_client_request().unwrap();
+    let stream = bed.connect(&name, "http/1.1").await;
+    let (mut socket, _) = tokio_tungstenite::client_async(asked, stream).await.unwrap();
+    socket.send(Message::text("hello")).await.unwrap();
+    assert_eq!(socket.next().await.unwrap().unwrap(), Message::text("hello"));
+}
+
+#[tokio::test]
+async fn the_name_that_is_asked_for_chooses_the_certificate() {
+    let bed = Bed::new().await;
+    for (name, certificate) in
+        [("localhost", &bed.default), ("x.preview.localhost", &bed.default), ("app.example", &bed.own)]
+    {
+        let stream = bed.connect(name, "http/1.1").await;
+        assert_eq!(stream.get_ref().1.peer_certificates().unwrap()[0], *certificate, "{name}");
+    }
+}

@@ -1,0 +1,86 @@
+//! Requests to ports through the gateway, beside nginx in front of the same server; and to a port in a guest.
+//!
+//! The gateway is one of its own process, with a host's agent that is ours alone: it answers `ForwardPort` by connecting to the
+//! server that nginx proxies to. So both proxies do the same job for the same clients, but the gateway has the hop to the agent
+//! on top, as it has in a mesh. Both write a line for each request. [`bed`] is what they run on, [`load`] who asks.
+
+mod bed;
+mod load;
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use oc_integration::{
+    mesh::{Mesh, eventually},
+    processes,
+};
+use serde_json::json;
+
+use self::{
+    bed::{Bed, Proxy},
+    load::{Load, download, hold, requests},
+};
+use crate::table::{Table, Target, median};
+
+/// Rounds of each, one after the other by turns: the machine is as busy for the one as for the other.
+const ROUNDS: usize = 5;
+const ROUND: Duration = Duration::from_secs(4);
+const CONNECTIONS: usize = 32;
+const BULK_MIB: usize = 256;
+const OPEN: usize = 10_000;
+
+pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
+    let bed = Bed::start(BULK_MIB).await?;
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..=ROUNDS {
+        theirs.push(requests(&bed.nginx, CONNECTIONS, ROUND).await.context("nginx")?);
+        ours.push(requests(&bed.gateway, CONNECTIONS, ROUND).await.context("the gateway")?);
+    }
+    // The first of each warms up.
+    let per_second =
+        |loads: &[Load]| median(&loads[1..].iter().map(|load| load.per_second).collect::<Vec<_>>());
+    let p99 = |loads: &[Load]| median(&loads[1..].iter().map(|load| load.p99_ms).collect::<Vec<_>>());
+    let (rate, tail) = (per_second(&theirs), p99(&theirs));
+    table.row("floor: nginx before the same server, small answers", rate, "/s", Target::None);
+    table.row("preview: small answers, kept-alive", per_second(&ours), "/s", Target::LeastTimes(0.9, rate));
+    table.row("floor: nginx, small answers, p99", tail, "ms", Target::None);
+    table.row("preview: small answers, p99", p99(&ours), "ms", Target::MostTimes(1.2, tail));
+
+    let bulk = async |proxy: &Proxy| -> anyhow::Result<f64> {
+        let mut rates = Vec::new();
+        for _ in 0..ROUNDS {
+            rates.push(download(proxy, BULK_MIB << 20).await?);
+        }
+        Ok(median(&rates))
+    };
+    table.row("floor: nginx, a large answer", bulk(&bed.nginx).await?, "MiB/s", Target::None);
+    table.row("preview: a large answer", bulk(&bed.gateway).await?, "MiB/s", Target::None);
+
+    let resident = || processes::memory_kib(bed.gateway_pid, "status", "VmRSS").context("no gateway");
+    let before = resident()?;
+    let held = hold(&bed.gateway, OPEN).await.context("open connections")?;
+    let grown = resident()?.saturating_sub(before);
+    #[expect(clippy::cast_precision_loss, reason = "KiB of one process")]
+    let each = grown as f64 / OPEN as f64;
+    table.row("preview: memory of each of 10000 open connections", each, "KiB", Target::Most(40.0));
+    drop(held);
+    bed.stop().await?;
+
+    let sandbox = mesh.rest().create(json!({ "timeout": 0 })).await?;
+    let server = "require('http').createServer((q, a) => q.url == '/big' ? a.end(Buffer.alloc(64 << 20)) : a.end('hello')).listen(3000)";
+    sandbox.run(&format!("(node -e \"{server}\" > /dev/null 2>&1 &)")).await?;
+    let address = mesh.url.strip_prefix("http://").context("no http URL")?.parse()?;
+    let guest = Proxy { address, host: format!("{}-p3000.preview.localhost", sandbox.id) };
+    eventually("a server in the guest", async || download(&guest, 64 << 20).await).await?;
+    let load = requests(&guest, 8, ROUND).await.context("a guest")?;
+    table.row("preview: Node in a guest, small answers", load.per_second, "/s", Target::None);
+    table.row("preview: Node in a guest, small answers, p99", load.p99_ms, "ms", Target::None);
+    let floor = table.floor.guest_to_host_mib_s;
+    table.row(
+        "preview: a large answer out of a guest",
+        download(&guest, 64 << 20).await?,
+        "MiB/s",
+        Target::LeastTimes(0.5, floor),
+    );
+    sandbox.delete().await
+}

@@ -1,0 +1,119 @@
+//! Clients that ask over connections they keep.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+use super::bed::Proxy;
+use crate::table::quantile;
+
+/// What came of a round.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Answers.
+    pub per_second: f64,
+    /// How long the slowest hundredth took.
+    pub p99_ms: f64,
+}
+
+/// Asks again as soon as there is an answer, on so many connections.
+pub async fn requests(proxy: &Proxy, connections: usize, time: Duration) -> anyhow::Result<Load> {
+    let begun = Instant::now();
+    let mut clients = JoinSet::new();
+    for _ in 0..connections {
+        let proxy = proxy.clone();
+        clients.spawn(async move {
+            let mut client = Client::connect(&proxy).await?;
+            let mut took = Vec::new();
+            while begun.elapsed() < time {
+                let asked = Instant::now();
+                client.ask("/small", &mut |_| ()).await?;
+                took.push(asked.elapsed().as_secs_f64() * 1000.0);
+            }
+            anyhow::Ok(took)
+        });
+    }
+    let mut all = Vec::new();
+    while let Some(took) = clients.join_next().await {
+        all.extend(took??);
+    }
+    #[expect(clippy::cast_precision_loss, reason = "answers of a few seconds")]
+    let per_second = all.len() as f64 / begun.elapsed().as_secs_f64();
+    Ok(Load { per_second, p99_ms: quantile(&all, 0.99) })
+}
+
+/// MiB a second of one large answer.
+pub async fn download(proxy: &Proxy, bytes: usize) -> anyhow::Result<f64> {
+    let mut client = Client::connect(proxy).await?;
+    let (begun, mut read) = (Instant::now(), 0);
+    client.ask("/big", &mut |piece| read += piece).await?;
+    ensure!(read == bytes, "{read} bytes of {bytes}");
+    #[expect(clippy::cast_precision_loss, reason = "MiB")]
+    let rate = (bytes >> 20) as f64 / begun.elapsed().as_secs_f64();
+    Ok(rate)
+}
+
+/// Connections that have been answered once and stay open.
+pub async fn hold(proxy: &Proxy, count: usize) -> anyhow::Result<Vec<Client>> {
+    let mut held = Vec::new();
+    for _ in 0..count {
+        let mut client = Client::connect(proxy).await?;
+        client.ask("/small", &mut |_| ()).await?;
+        held.push(client);
+    }
+    Ok(held)
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct Client {
+    stream: TcpStream,
+    host: String,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    async fn connect(proxy: &Proxy) -> anyhow::Result<Self> {
+        let stream = TcpStream::connect(proxy.address).await?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, host: proxy.host.clone(), buffer: Vec::new() })
+    }
+
+    /// Asks, and reads the whole answer, which says how long it is.
+    async fn ask(&mut self, path: &str, read: &mut (dyn FnMut(usize) + Send)) -> anyhow::Result<()> {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n", self.host);
+        self.stream.write_all(request.as_bytes()).await?;
+        self.buffer.clear();
+        self.buffer.resize(256 << 10, 0);
+        let mut filled = 0;
+        let end = loop {
+            let length = self.stream.read(&mut self.buffer[filled..]).await?;
+            ensure!(length > 0, "it ended");
+            filled += length;
+            if let Some(at) = self.buffer[..filled].windows(4).position(|four| four == b"\r\n\r\n") {
+                break at + 4;
+            }
+        };
+        let head = std::str::from_utf8(&self.buffer[..end])?.to_ascii_lowercase();
+        ensure!(head.starts_with("http/1.1 200"), "{head}");
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length:"));
+        let length: usize = length.with_context(|| format!("no length: {head}"))?.trim().parse()?;
+        let mut left = length - (filled - end);
+        read(filled - end);
+        while left > 0 {
+            let length = self.stream.read(&mut self.buffer).await?;
+            ensure!(length > 0, "it ended");
+            left -= length;
+            read(length);
+        }
+        if length < 1024 {
+            self.buffer = Vec::new();
+        }
+        Ok(())
+    }
+}
