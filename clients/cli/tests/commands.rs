@@ -54,7 +54,8 @@ fn errors_have_a_text_a_code_and_an_exit_code() {
     assert_eq!(shell.refused("create --api-key wrong"), (3, "INVALID_CREDENTIALS".to_owned()));
     assert_eq!(shell.refused("create --cpu many"), (2, "USAGE".to_owned()));
     assert_eq!(shell.refused("ls --api-url http://127.0.0.1:9"), (5, "UNREACHABLE".to_owned()));
-    assert_eq!(shell.refused("ls --api-url https://localhost"), (2, "USAGE".to_owned()));
+    assert_eq!(shell.refused("ls --api-url https://127.0.0.1:9"), (5, "UNREACHABLE".to_owned()));
+    assert_eq!(shell.refused("ls --api-url ftp://localhost"), (2, "USAGE".to_owned()));
     assert_eq!(shell.refused("ls --api-url nonsense"), (2, "USAGE".to_owned()));
     let output = shell.run("create --template none");
     assert_eq!(text(&output.stderr), "error: there is no template none\ncode: TEMPLATE_NOT_FOUND\n");

@@ -10,7 +10,10 @@ use oc_mesh::{
 };
 use oc_proto::{
     google::api::HttpBody,
-    v1::{exec_service_server::ExecService, file_service_server::FileService, *},
+    v1::{
+        exec_service_server::ExecService, file_service_server::FileService,
+        network_service_server::NetworkService, *,
+    },
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -374,5 +377,16 @@ impl FileService for FakeAgent {
             done.bytes += message.body.map_or(0, |body| body.data.len() as i64);
         }
         Ok(Response::new(done))
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkService for FakeAgent {
+    async fn get_network(
+        &self,
+        request: Request<GetNetworkRequest>,
+    ) -> Result<Response<GetNetworkResponse>, Status> {
+        self.note("GetNetwork", &request);
+        Ok(Response::new(GetNetworkResponse { network: Some(Network::default()) }))
     }
 }

@@ -26,9 +26,9 @@ use oc_proto::{
         SandboxState, agent_session_service_server::AgentSessionServiceServer,
         checkpoint_service_server::CheckpointServiceServer, exec_service_server::ExecServiceServer,
         file_service_server::FileServiceServer, file_url_service_server::FileUrlServiceServer,
-        key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
-        port_service_server::PortServiceServer, preview_service_server::PreviewServiceServer,
-        sandbox_service_server::SandboxServiceServer,
+        key_service_server::KeyServiceServer, network_service_server::NetworkServiceServer,
+        node_service_server::NodeServiceServer, port_service_server::PortServiceServer,
+        preview_service_server::PreviewServiceServer, sandbox_service_server::SandboxServiceServer,
     },
 };
 use tempfile::TempDir;
@@ -98,6 +98,7 @@ impl Mesh {
         let routes = Routes::new(ExecServiceServer::new(agent.clone()))
             .add_service(files)
             .add_service(PortServiceServer::new(agent.clone()))
+            .add_service(NetworkServiceServer::new(agent.clone()))
             .add_service(AgentSessionServiceServer::new(agent.clone()));
         serve(&mut tasks, &stop, &directory.path().join("agent.sock"), routes);
         let scheduler = FakeScheduler::default();
