@@ -170,11 +170,11 @@ pub async fn a_tree_comes_back_as_an_archive(mesh: Arc<Mesh>) -> anyhow::Result<
         mesh.rest().send(sandbox.file(Method::PUT, "/files/archive", path).body(body)).await
     };
     let unpacked = put("copy/of/it", archive.body.clone()).await?.expect(200)?.json();
-    assert_eq!(unpacked["bytes"], "3000002", "{unpacked}");
+    assert_eq!(unpacked["bytes"], 3_000_002, "{unpacked}");
     sandbox.run("rm tree/left-out && diff -r --no-dereference tree copy/of/it").await?;
     let facts =
         "cd copy/of/it && readlink link dangling && stat -c '%a %U' d/a && stat -c %Y d/old && ls -d empty";
-    assert_eq!(sandbox.run(facts).await?, "d/a\n/nowhere\n4750 sandbox\n981173106\nempty\n");
+    assert_eq!(sandbox.run(facts).await?, "d/a\n/nowhere\n750 sandbox\n981173106\nempty\n");
     // The guest's own tar reads it, too.
     sandbox.put("a.tar", archive.body.clone()).await?.expect(204)?;
     sandbox.run("mkdir x && tar -x -C x -f a.tar && diff -r --no-dereference tree x").await?;
