@@ -9,7 +9,6 @@ mod budget;
 pub mod drive;
 pub mod launch;
 mod output;
-mod pace;
 pub mod ring;
 mod run;
 pub mod session;

@@ -9,17 +9,18 @@ use tokio::{
     io::AsyncReadExt as _,
     net::unix::pipe,
     sync::watch,
+    task::yield_now,
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{launch::Channels, pace, session::Session, terminal::Terminal};
+use super::{launch::Channels, session::Session, terminal::Terminal};
 use crate::children::Process;
 
 /// After a process has ended, what it left running may hold its output open; it is not waited for longer than this while
 /// nothing comes.
 const LINGER: Duration = Duration::from_millis(200);
-/// What is read at once at first, bytes.
-const READ: usize = 4 << 10;
+/// What is read at once, bytes: at first, and from a program that writes a lot.
+const READ: (usize, usize) = (4 << 10, 256 << 10);
 /// Reads that are smaller are copied, so that they do not hold on to a large buffer.
 const COPIED: usize = 4 << 10;
 /// What is read after the leader has ended, bytes: more than a pipe holds (pipe(7)), and an end to what others write.
@@ -126,9 +127,8 @@ async fn move_bytes(session: &Session, channels: Channels, ended: watch::Receive
                 }
                 std::future::pending::<()>().await;
             };
-            let out =
-                read_all(session, ExecStream::Stdout, Source::Pipe(stdout, pace::Pipe::new()), ended.clone());
-            let err = read_all(session, ExecStream::Stderr, Source::Pipe(stderr, pace::Pipe::new()), ended);
+            let out = read_all(session, ExecStream::Stdout, Source::Pipe(stdout), ended.clone());
+            let err = read_all(session, ExecStream::Stderr, Source::Pipe(stderr), ended);
             tokio::select! { _ = async { tokio::join!(out, err) } => {}, () = feeding => {} }
         }
         Channels::Terminal(terminal) => {
@@ -143,7 +143,7 @@ async fn move_bytes(session: &Session, channels: Channels, ended: watch::Receive
 }
 
 enum Source<'a> {
-    Pipe(pipe::Receiver, pace::Pipe),
+    Pipe(pipe::Receiver),
     Terminal(&'a Terminal),
 }
 
@@ -151,7 +151,7 @@ impl Source<'_> {
     /// Reads into the room that `buffer` is given, `most` bytes; 0 at the end.
     async fn read(&mut self, buffer: &mut BytesMut, most: usize) -> io::Result<usize> {
         match self {
-            Self::Pipe(pipe, _) => {
+            Self::Pipe(pipe) => {
                 buffer.reserve(most);
                 pipe.read_buf(&mut buffer.limit(most)).await
             }
@@ -165,16 +165,6 @@ impl Source<'_> {
     }
 }
 
-impl Source<'_> {
-    /// What is to be read at once of a program that writes a lot, bytes.
-    fn adapt(&mut self) -> usize {
-        match self {
-            Self::Pipe(pipe, pace) => pace.adapt(&*pipe),
-            Self::Terminal(_) => pace::SMALL,
-        }
-    }
-}
-
 /// Reads until nobody can write any more; once the leader has ended until nothing comes for a while.
 async fn read_all(
     session: &Session,
@@ -183,7 +173,7 @@ async fn read_all(
     mut ended: watch::Receiver<bool>,
 ) {
     let mut buffer = BytesMut::new();
-    let mut size = READ;
+    let mut size = READ.0;
     let mut left = LEFT;
     loop {
         buffer.clear();
@@ -208,10 +198,9 @@ async fn read_all(
         let bytes = if read <= COPIED { Bytes::copy_from_slice(&buffer) } else { buffer.split().freeze() };
         session.put(stream, bytes).await;
         if read == size {
-            size *= 2;
-        }
-        if size > pace::SMALL {
-            size = source.adapt();
+            size = (2 * size).min(READ.1);
+            // The pipe may be full again by now, and would be whenever it is looked at: everybody else's turn comes first.
+            yield_now().await;
         }
     }
 }

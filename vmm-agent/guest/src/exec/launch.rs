@@ -9,7 +9,10 @@ use std::{
     sync::Arc,
 };
 
-use nix::unistd::{Gid, Uid, fchown};
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    unistd::{Gid, Uid, fchown},
+};
 use tokio::net::unix::pipe;
 use tonic::Status;
 
@@ -31,6 +34,8 @@ const TERM: &str = "xterm-256color";
 const MAX_ARGS: usize = 128 << 10;
 /// Environment of a request, bytes.
 const MAX_ENVS: usize = 128 << 10;
+/// What a pipe for output holds, bytes.
+const PIPE: i32 = 256 << 10;
 
 /// What is to be run.
 #[derive(Clone, Debug)]
@@ -230,6 +235,8 @@ fn pipes(stdin: bool, user: &User) -> io::Result<([OwnedFd; 3], Channels)> {
     };
     let output = || -> io::Result<(OwnedFd, pipe::Receiver)> {
         let (writer, reader) = pipe::pipe()?;
+        // The larger, the fewer turns between the two sides of it; one that may not be so large is good, too.
+        let _ = fcntl(&reader, FcntlArg::F_SETPIPE_SZ(PIPE));
         Ok((theirs(writer.into_blocking_fd()?)?, reader))
     };
     let ((stdout, out), (stderr, err)) = (output()?, output()?);

@@ -9,7 +9,7 @@ use std::{
 use prost::bytes::{Buf as _, Bytes};
 use tokio::{io::AsyncWriteExt as _, net::unix::pipe, sync::Notify};
 
-use super::{pace, terminal::Terminal};
+use super::terminal::Terminal;
 
 /// What waits at most, bytes. More is taken as long as it is less than this, so that no message is ever cut.
 const CAPACITY: usize = 256 << 10;
@@ -72,7 +72,6 @@ impl Stdin {
     pub fn put(&self, bytes: Bytes) {
         let mut state = self.lock();
         if !bytes.is_empty() && !state.is_closed && !state.has_ended {
-            pace::heard(bytes.len());
             state.bytes += bytes.len();
             state.waiting.push_back(bytes);
             self.filled.notify_one();
