@@ -128,6 +128,9 @@ pub async fn a_terminal_is_one(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     until(&mut terminal, "Stopped").await?;
     type_in(&terminal, "fg\n").await?;
     until(&mut terminal, "sleep 1000\r\n").await?;
+    // The shell says so before it hands the terminal over: until then a Ctrl-C would be its own.
+    let in_front = "ps -o stat= -C sleep | grep -q '^S.*+'";
+    eventually("it goes on", async || sandbox.run(in_front).await).await?;
     type_in(&terminal, "\x03").await?;
     until(&mut terminal, "^C").await?;
     // UTF-8 comes as it is, and the size follows.
