@@ -31,13 +31,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
-    activity::Activity,
-    agents::Agents,
     bootstrap,
     checkpoints::Checkpoints,
     config::Config,
     flows::Flows,
-    ledger::Ledger,
     previews::Previews,
     reconcile::{Pace, Reconciler},
     rpc::{
@@ -104,7 +101,6 @@ impl App {
             (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
         // Ends the copies if anything below fails.
         let unfinished = views.clone().drop_guard();
-        let records = View::start(store.clone(), keys::SANDBOXES, views.clone()).await?;
         let hosts = View::start(store.clone(), keys::HOSTS, views.clone()).await?;
         let schedulers = View::start(store.clone(), keys::SCHEDULERS, views.clone()).await?;
         let signer = TokenSigner::ensure(&store).await?;
@@ -112,17 +108,11 @@ impl App {
             bootstrap::ensure_key(store.as_ref(), hash, &config.bootstrap_tenant, clock.now()).await?;
         }
 
-        let (ledger, writer) = Ledger::start(store.clone(), hosts.clone(), config.quota()).await?;
+        let opened =
+            Sandboxes::open(store.clone(), hosts.clone(), config.quota(), clock.clone(), views.clone());
+        let (sandboxes, writer) = opened.await?;
         tasks.spawn(writer);
-        let (activity, flows) = (Activity::default(), Flows::default());
-        let sandboxes = Sandboxes {
-            ledger,
-            agents: Arc::new(Agents::new(hosts.clone())),
-            flows: flows.clone(),
-            records,
-            activity: activity.clone(),
-            clock: clock.clone(),
-        };
+        let (activity, flows) = (sandboxes.activity.clone(), sandboxes.flows.clone());
         let checkpoints = Checkpoints::new(sandboxes.clone(), store.clone(), views.clone()).await?;
         let previews = Previews::new(sandboxes.clone(), store.clone(), views.clone()).await?;
         let presenter = Arc::new(Presenter { signer, hosts: hosts.clone(), activity });

@@ -3,8 +3,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use oc_mesh::{clock::SharedClock, view::View};
-use oc_proto::mesh::SandboxRecord;
+use oc_mesh::{
+    clock::SharedClock,
+    keys,
+    store::{SharedStore, StoreError},
+    view::View,
+};
+use oc_proto::mesh::{HostRecord, SandboxRecord};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     activity::Activity,
@@ -12,6 +18,7 @@ use crate::{
     flows::Flows,
     ledger::{Ledger, LedgerError, Versioned},
     lifecycle::{self, Denied},
+    quota::Quota,
     random,
     refusal::Refusal,
     sandbox_id::SandboxId,
@@ -39,6 +46,26 @@ pub struct Sandboxes {
 }
 
 impl Sandboxes {
+    /// Those of `store` on `hosts`, of whose records a copy is followed until `views` is cancelled; and what writes their
+    /// changes, which is to be run.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    pub async fn open(
+        store: SharedStore,
+        hosts: View<HostRecord>,
+        quota: Quota,
+        clock: SharedClock,
+        views: CancellationToken,
+    ) -> Result<(Self, impl Future<Output = ()> + Send + 'static), StoreError> {
+        let records = View::start(store.clone(), keys::SANDBOXES, views).await?;
+        let (ledger, writer) = Ledger::start(store, hosts.clone(), quota).await?;
+        let agents = Arc::new(Agents::new(hosts));
+        let (flows, activity) = (Flows::default(), Activity::default());
+        Ok((Self { ledger, agents, flows, records, activity, clock }, writer))
+    }
+
     /// One sandbox of a tenant, deleted ones included while they are remembered.
     ///
     /// Read from the store: a caller sees what it was told a moment ago, whichever scheduler told it.

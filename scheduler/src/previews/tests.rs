@@ -10,9 +10,7 @@ use tempfile::TempDir;
 use tokio_util::sync::DropGuard;
 
 use super::*;
-use crate::{
-    activity::Activity, agents::Agents, flows::Flows, ledger::Ledger, quota::Quota, sandbox_id::SandboxId,
-};
+use crate::{quota::Quota, sandbox_id::SandboxId};
 
 struct Bed {
     previews: Previews,
@@ -29,19 +27,11 @@ impl Bed {
         let store = store::open(&url).await.unwrap();
         let views = CancellationToken::new();
         let hosts = View::start(store.clone(), keys::HOSTS, views.clone()).await.unwrap();
-        let records = View::start(store.clone(), keys::SANDBOXES, views.clone()).await.unwrap();
         let quota = Quota { max_sandboxes: 10, max_memory_mb: 10_240 };
-        let (ledger, writer) = Ledger::start(store.clone(), hosts.clone(), quota).await.unwrap();
-        tokio::spawn(writer);
         let clock = ManualClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 30));
-        let sandboxes = Sandboxes {
-            ledger,
-            agents: Arc::new(Agents::new(hosts)),
-            flows: Flows::default(),
-            records,
-            activity: Activity::default(),
-            clock: Arc::new(clock.clone()),
-        };
+        let opened = Sandboxes::open(store.clone(), hosts, quota, Arc::new(clock.clone()), views.clone());
+        let (sandboxes, writer) = opened.await.unwrap();
+        tokio::spawn(writer);
         let previews = Previews::new(sandboxes, store.clone(), views.clone()).await.unwrap();
         Self { previews, clock, store, _end: views.drop_guard(), _directory: directory }
     }

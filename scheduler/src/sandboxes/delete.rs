@@ -162,9 +162,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{
-        activity::Activity, agents::Agents, flows::Flows, ledger::Ledger, quota::Quota, sandbox_id::SandboxId,
-    };
+    use crate::{quota::Quota, sandbox_id::SandboxId};
 
     #[tokio::test]
     async fn a_sandbox_whose_host_is_gone_is_buried_at_once_and_releases_its_share() {
@@ -190,18 +188,10 @@ mod tests {
         store.txn(Txn { compare: Vec::new(), then }).await.unwrap();
         let views = CancellationToken::new();
         let hosts = View::start(store.clone(), keys::HOSTS, views.clone()).await.unwrap();
-        let records = View::start(store.clone(), keys::SANDBOXES, views.clone()).await.unwrap();
         let quota = Quota { max_sandboxes: 10, max_memory_mb: 10_240 };
-        let (ledger, writer) = Ledger::start(store.clone(), hosts.clone(), quota).await.unwrap();
+        let opened = Sandboxes::open(store.clone(), hosts, quota, Arc::new(SystemClock), views.clone());
+        let (sandboxes, writer) = opened.await.unwrap();
         tokio::spawn(writer);
-        let sandboxes = Sandboxes {
-            ledger,
-            agents: Arc::new(Agents::new(hosts)),
-            flows: Flows::default(),
-            records,
-            activity: Activity::default(),
-            clock: Arc::new(SystemClock),
-        };
 
         sandboxes.delete("acme", id.as_str()).await.unwrap();
         let buried = sandboxes.get("acme", id.as_str()).await.unwrap();

@@ -21,11 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::host::FakeHost;
 use crate::{
-    activity::Activity,
-    agents::Agents,
     checkpoints::{Checkpoints, fork::Wanted, take::Order},
-    flows::Flows,
-    ledger::Ledger,
     previews::Previews,
     quota::Quota,
     reconcile::{Pace, Reconciler},
@@ -87,19 +83,11 @@ impl Mesh {
     ) -> Self {
         let views = CancellationToken::new();
         let hosts = View::start(store.clone(), keys::HOSTS, views.clone()).await.unwrap();
-        let records = View::start(store.clone(), keys::SANDBOXES, views.clone()).await.unwrap();
         let schedulers = View::start(store.clone(), keys::SCHEDULERS, views.clone()).await.unwrap();
         let quota = Quota { max_sandboxes: 100, max_memory_mb: 1 << 20 };
-        let (ledger, writer) = Ledger::start(store.clone(), hosts.clone(), quota).await.unwrap();
+        let opened = Sandboxes::open(store.clone(), hosts, quota, Arc::new(clock.clone()), views.clone());
+        let (sandboxes, writer) = opened.await.unwrap();
         tokio::spawn(writer);
-        let sandboxes = Sandboxes {
-            ledger,
-            agents: Arc::new(Agents::new(hosts)),
-            flows: Flows::default(),
-            records,
-            activity: Activity::default(),
-            clock: Arc::new(clock.clone()),
-        };
         let checkpoints = Checkpoints::new(sandboxes.clone(), store.clone(), views.clone()).await.unwrap();
         let reconciler = Reconciler {
             sandboxes: sandboxes.clone(),

@@ -14,7 +14,7 @@ use oc_proto::{
 };
 
 use super::*;
-use crate::{activity::Activity, agents::Agents, flows::Flows, ledger::Ledger, quota::Quota};
+use crate::quota::Quota;
 
 const A: &str = "sb-0000000000000000000a";
 const B: &str = "sb-0000000000000000000b";
@@ -32,19 +32,12 @@ impl Mesh {
         let store = store::open(&url).await.unwrap();
         let views = CancellationToken::new();
         let hosts = View::start(store.clone(), keys::HOSTS, views.clone()).await.unwrap();
-        let records = View::start(store.clone(), keys::SANDBOXES, views.clone()).await.unwrap();
         let quota = Quota { max_sandboxes: 10, max_memory_mb: 10_240 };
-        let (ledger, writer) = Ledger::start(store.clone(), hosts.clone(), quota).await.unwrap();
+        let opened =
+            Sandboxes::open(store.clone(), hosts.clone(), quota, Arc::new(SystemClock), views.clone());
+        let (sandboxes, writer) = opened.await.unwrap();
         tokio::spawn(writer);
-        let activity = Activity::default();
-        let sandboxes = Sandboxes {
-            ledger,
-            agents: Arc::new(Agents::new(hosts.clone())),
-            flows: Flows::default(),
-            records,
-            activity: activity.clone(),
-            clock: Arc::new(SystemClock),
-        };
+        let activity = sandboxes.activity.clone();
         let signer = TokenSigner::ensure(&store).await.unwrap();
         let presenter = Arc::new(Presenter { signer, hosts, activity });
         let watches = Watches::new(store, sandboxes, presenter, CancellationToken::new());
