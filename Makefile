@@ -4,12 +4,12 @@ SHELL := /bin/bash
 CARGO_TARGET_DIR ?= target
 export CARGO_TARGET_DIR
 BIN := $(CARGO_TARGET_DIR)/release
-PYTHON_TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/opencomputer/tools/python/bin
-BUF := $(PYTHON_TOOLS)/buf
+TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/opencomputer/tools
+BUF := $(TOOLS)/python/bin/buf
 
 ROUNDS ?= 100
 
-.PHONY: help demo test torture up down bench build lint setup setup-test clean
+.PHONY: help demo test test-kvm torture up down bench build lint setup setup-test clean
 
 help: ## shows this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,13 @@ demo: build ## sets up, builds, starts everything, uses one sandbox, cleans up
 
 test: setup-test build ## sets up, builds, runs every test
 	cargo test --release --workspace --locked --no-fail-fast
+
+test-kvm: export OC_VMM = firecracker
+test-kvm: export OC_FIRECRACKER ?= $(TOOLS)/firecracker/firecracker
+test-kvm: export OC_JAILER ?= $(TOOLS)/firecracker/jailer
+test-kvm: setup-test build ## the tests of sandboxes under Firecracker, on a machine where its guests boot
+	OC_GUESTS_BOOT=1 cargo test --release --locked -p oc-integration --test firecracker
+	cargo test --release --locked -p oc-integration --test functional
 
 torture: setup-test build ## the tests of writers that are interrupted, ROUNDS times (100)
 	OC_TORTURE_ROUNDS=$(ROUNDS) cargo test --release --locked -p oc-integration --test functional -- writers_lose_nothing

@@ -6,11 +6,13 @@
 //! - [`streams`]: a client of sessions that comes back after whatever dies. [`websocket`]: one that does not.
 //! - [`messages_api`]: what an agent in a sandbox talks to instead of a model.
 //! - [`memory`]: what a sandbox has in its memory alone.
+//! - [`firecracker`]: VMs without a mesh.
 //! - [`world`]: what a sandbox reaches, or does not.
 //! - [`processes`], [`leftovers`]: what a mesh has on this machine, and what of it is left afterwards.
 //! - [`suite`]: named tests that share one mesh, and end it whatever becomes of them.
 
 pub mod etcd;
+pub mod firecracker;
 pub mod leftovers;
 pub mod memory;
 pub mod mesh;

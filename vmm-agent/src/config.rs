@@ -13,7 +13,7 @@ use oc_mesh::endpoint::Endpoint;
 
 use crate::{
     capacity::{self, Limits},
-    driver::objects,
+    driver::{firecracker, objects},
     microvm::Kind,
     network, pool,
     vm::tier::Policy,
@@ -82,7 +82,25 @@ pub struct Args {
     #[arg(long, env = "OC_PAUSED_FOR", default_value_t = 120, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(..=MAX_PAUSED_FOR_SECONDS))]
     pub paused_for: u64,
-    /// What runs the guests' instructions.
+    /// What runs the VMs.
+    #[arg(long, env = "OC_VMM", value_enum, default_value_t = VmmChoice::Auto)]
+    pub vmm: VmmChoice,
+    /// Firecracker's program, of a release from 1.12.1 on and before 1.16.
+    #[arg(long, env = "OC_FIRECRACKER", default_value = "/usr/local/bin/firecracker", value_name = "PATH")]
+    pub firecracker: PathBuf,
+    /// The jailer of the same release.
+    #[arg(long, env = "OC_JAILER", default_value = "/usr/local/bin/jailer", value_name = "PATH")]
+    pub jailer: PathBuf,
+    /// One of Firecracker's CPU templates, such as `T2CL`, which makes hosts with different CPUs alike to their guests.
+    #[arg(long, env = "OC_CPU_TEMPLATE", value_name = "NAME")]
+    pub cpu_template: Option<String>,
+    /// What a sandbox may read and write on each of its disks under Firecracker, MiB a second; no bound where absent.
+    #[arg(long, env = "OC_DISK_MIB", value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub disk_mib: Option<u32>,
+    /// Operations of a sandbox on each of its disks under Firecracker, a second; no bound where absent.
+    #[arg(long, env = "OC_DISK_IOPS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub disk_iops: Option<u32>,
+    /// What runs the guests' instructions under QEMU.
     #[arg(long, env = "OC_ACCELERATOR", value_enum, default_value_t = AcceleratorChoice::Auto)]
     pub accelerator: AcceleratorChoice,
     /// Boot every sandbox: no golden snapshots, no clones, no pool.
@@ -130,6 +148,17 @@ pub enum NetworkChoice {
     On,
     /// They have none.
     Off,
+}
+
+/// What runs the VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VmmChoice {
+    /// Firecracker if a guest really boots under it, else QEMU.
+    Auto,
+    /// QEMU.
+    Qemu,
+    /// Firecracker under its jailer.
+    Firecracker,
 }
 
 /// What runs the guests' instructions.
@@ -196,7 +225,11 @@ pub struct Config {
     pub paused: Policy,
     /// Guest memory that may be promised, MiB.
     pub memory_capacity_mb: u64,
-    /// What runs the guests' instructions.
+    /// What runs the VMs.
+    pub vmm: VmmChoice,
+    /// Which Firecracker, and what its VMs may.
+    pub firecracker: firecracker::Settings,
+    /// What runs the guests' instructions under QEMU.
     pub accelerator: AcceleratorChoice,
     /// Whether sandboxes are clones of golden snapshots; else each is booted.
     pub snapshots: bool,
@@ -310,6 +343,14 @@ impl Config {
             limits,
             paused,
             memory_capacity_mb: total_mb.saturating_mul(u64::from(args.memory_overcommit.max(1))),
+            vmm: args.vmm,
+            firecracker: firecracker::Settings {
+                firecracker: absolute("--firecracker", &args.firecracker)?,
+                jailer: absolute("--jailer", &args.jailer)?,
+                cpu_template: args.cpu_template.map(checked_cpu_template).transpose()?,
+                disk_mib: args.disk_mib,
+                disk_iops: args.disk_iops,
+            },
             accelerator: args.accelerator,
             snapshots: !args.no_snapshots,
             network,
@@ -344,6 +385,16 @@ pub fn checked_host_id(text: &str) -> Result<String, ConfigError> {
 /// [`ConfigError`] for an empty path.
 pub fn absolute(option: &'static str, path: &Path) -> Result<PathBuf, ConfigError> {
     std::path::absolute(path).map_err(|error| invalid(option, error.to_string()))
+}
+
+/// Firecracker's own templates for Intel and AMD (docs/cpu_templates/cpu-templates.md).
+const CPU_TEMPLATES: [&str; 5] = ["C3", "T2", "T2S", "T2CL", "T2A"];
+
+fn checked_cpu_template(name: String) -> Result<String, ConfigError> {
+    match CPU_TEMPLATES.contains(&name.as_str()) {
+        true => Ok(name),
+        false => Err(invalid("--cpu-template", format!("want one of {}", CPU_TEMPLATES.join(", ")))),
+    }
 }
 
 /// What says that there is to be no object store.
@@ -423,6 +474,8 @@ mod tests {
         let base =
             ["oc-vmm-agent", "--cleanup", "--host-id", "h", "--data-dir", "d", "--paused-for", "2678401"];
         assert!(Args::try_parse_from(base).is_err());
+        let bad = args(&["--cpu-template", "T3"]);
+        assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--cpu-template", .. })));
         let bad = args(&["--data-image-mb", "300"]);
         assert!(matches!(Config::new(bad), Err(ConfigError::Invalid { option: "--data-image-mb", .. })));
         let bad = args(&["--memory-reserve-mb", "99999999999"]);

@@ -1,6 +1,7 @@
 //! Drives VMMs: everything that a VM is made of on this host, and nothing of what it is for.
 //!
-//! - [`vmm`]: the seam to a VMM; [`qemu`] is the one behind it, [`accelerator`] says how it runs.
+//! - [`vmm`]: the seam to a VMM; [`qemu`] and [`firecracker`] are behind it, [`accelerator`] says how it runs.
+//! - [`child`], [`command_line`]: what both have of it in common.
 //! - [`template`], [`initramfs`], [`layer`], [`pins`]: what a guest boots from, and how long it is kept.
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`], [`interfaces`]: what one VM has of this host.
@@ -17,10 +18,13 @@
 pub mod accelerator;
 pub mod capture;
 pub mod cgroup;
+mod child;
+mod command_line;
 pub mod console;
 pub mod digests;
 pub mod durable;
 pub mod extents;
+pub mod firecracker;
 pub mod golden;
 pub mod graft;
 pub mod guest_link;
@@ -60,6 +64,7 @@ use tracing::info;
 
 use self::{
     cgroup::Cgroups,
+    firecracker::Firecracker,
     golden::Goldens,
     instance::Vm,
     interfaces::Interfaces,
@@ -67,10 +72,11 @@ use self::{
     parts::{Parts, Places},
     qemu::Qemu,
     snapshot::Place,
+    vmm::Vmm,
 };
 use crate::{
     backend::{Backend, Captured, Instance, Scion, Whole},
-    config::Config,
+    config::{Config, VmmChoice},
     microvm::{Kind, MakeError},
     network::plan::Names,
 };
@@ -96,8 +102,7 @@ impl Driver {
     pub async fn open(config: &Config) -> io::Result<Self> {
         let templates = template::find(&config.image_dir)?;
         let kernel = templates.first().map(template::Template::kernel);
-        let accelerator = accelerator::choose(config.accelerator, kernel.as_deref()).await?;
-        let qemu = Qemu::find(accelerator, config.network.is_some()).await?;
+        let vmm = choose(config, kernel.as_deref()).await?;
         let mut driver = Self::for_removal(&config.host_id, &config.data_dir)?;
         let interfaces =
             Interfaces::open(driver.names.clone(), &driver.places.homes, config.network.clone()).await;
@@ -110,7 +115,7 @@ impl Driver {
         })?;
         let (places, cgroups) = (driver.places.clone(), driver.cgroups.clone());
         let parts = Arc::new(Parts::ready(
-            Arc::new(qemu),
+            vmm,
             places,
             cgroups,
             driver.interfaces.clone(),
@@ -176,6 +181,33 @@ impl Driver {
     fn parts(&self) -> Option<&Parts> {
         self.source.as_ref().map(|(parts, _)| parts.as_ref())
     }
+}
+
+/// Decides which VMM runs the VMs, and says why in the log. `kernel` is one to try it with.
+async fn choose(config: &Config, kernel: Option<&Path>) -> io::Result<Arc<dyn Vmm>> {
+    let has_network = config.network.is_some();
+    if config.vmm != VmmChoice::Qemu {
+        let settings = &config.firecracker;
+        let found = Firecracker::find(settings.clone(), has_network).await;
+        let found = found.and_then(|firecracker| firecracker.fits(&config.data_dir).map(|()| firecracker));
+        match (found, config.vmm) {
+            (Ok(firecracker), VmmChoice::Firecracker) => {
+                info!(vmm = firecracker.version(), reason = "chosen by configuration", "VMM");
+                return Ok(Arc::new(firecracker));
+            }
+            (Err(reason), VmmChoice::Firecracker) => return Err(io::Error::other(reason)),
+            (Ok(firecracker), _) => match firecracker::probe::boots(settings, kernel).await {
+                Ok(()) => {
+                    info!(vmm = firecracker.version(), reason = "a kernel booted under it", "VMM");
+                    return Ok(Arc::new(firecracker));
+                }
+                Err(reason) => info!(vmm = "QEMU", reason, "VMM"),
+            },
+            (Err(reason), _) => info!(vmm = "QEMU", reason, "VMM"),
+        }
+    }
+    let accelerator = accelerator::choose(config.accelerator, kernel).await?;
+    Ok(Arc::new(Qemu::find(accelerator, has_network).await?))
 }
 
 #[tonic::async_trait]

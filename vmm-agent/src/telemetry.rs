@@ -22,6 +22,7 @@ const POOL_READY: &str = "oc_agent_pool_ready";
 const POOL_FAILED: &str = "oc_agent_pool_failures_total";
 const UPLOADED: &str = "oc_agent_snapshots_uploaded_total";
 const CHUNKS_PUT: &str = "oc_agent_chunks_put_total";
+const FIRECRACKER: &str = "oc_agent_firecracker_total";
 const FETCHED: &str = "oc_agent_snapshots_fetched_total";
 
 /// Tells the recorder what the numbers mean. Called once, by the process that owns it.
@@ -43,6 +44,7 @@ pub fn describe() {
     describe_counter!(POOL_FAILED, "Clones that could not be made for the pool or died in it");
     describe_counter!(UPLOADED, "Snapshots that were put into the object store, or found there");
     describe_counter!(CHUNKS_PUT, "Chunks of snapshots that were put into the object store");
+    describe_counter!(FIRECRACKER, "What Firecrackers have counted, by their name of it");
     describe_counter!(FETCHED, "Snapshots that were fetched from the object store");
 }
 
@@ -153,6 +155,11 @@ pub fn uploaded(chunks_put: usize) {
 /// A snapshot was fetched from the object store.
 pub fn fetched() {
     counter!(FETCHED).increment(1);
+}
+
+/// A Firecracker has counted so much more of what it calls `name`.
+pub fn firecracker(name: &str, added: u64) {
+    counter!(FIRECRACKER, "name" => name.to_owned()).increment(added);
 }
 
 /// A clone could not be made for the pool, or died in it.

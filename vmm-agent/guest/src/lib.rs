@@ -1,7 +1,7 @@
 //! The guest: PID 1 of a microVM.
 //!
 //! ```text
-//!   kernel ─▶ /init (this) ── boot: mounts, overlay, root ─▶ port oc.guest ─▶ sessions ─▶ gRPC
+//!   kernel ─▶ /init (this) ── boot: mounts, overlay, root ─▶ port oc.guest, or vsock ─▶ sessions ─▶ gRPC
 //!                                                                                ├ exec    commands, terminals
 //!                                                                                ├ agents
 //!                                                                                ├ files
@@ -29,3 +29,4 @@ pub mod ports;
 pub mod refusal;
 pub mod serve;
 pub mod users;
+pub mod vsock;

@@ -31,7 +31,10 @@ fn run() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
         .build()?;
     runtime.block_on(async {
         oc_guest::children::reap_forever()?;
+        if oc_guest::vsock::is_wanted()? {
+            return oc_guest::serve::serve(oc_guest::vsock::sessions()?, disk).await;
+        }
         let port = oc_guest::port::Port::open().await?;
-        oc_guest::serve::serve(port, disk).await
+        oc_guest::serve::serve(oc_guest::serve::sessions_on(port), disk).await
     })
 }

@@ -8,6 +8,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use futures_util::{Stream, TryStreamExt as _};
 use oc_guest_link::{GuestPort, GuestSession};
 use oc_proto::{
     mesh::guest_service_server::GuestServiceServer,
@@ -41,28 +42,37 @@ const MAX_CALLS: u32 = 1024;
 /// A message that comes in: 1 MiB of a file or of standard input, and what goes with it.
 const MAX_MESSAGE: usize = 2 << 20;
 
-/// Serves for ever.
+/// The sessions that hosts begin on `port`, one after the other.
+pub fn sessions_on<I>(port: I) -> impl Stream<Item = io::Result<GuestSession<I>>> + Send + 'static
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut port = GuestPort::new(port);
+    futures_util::stream::poll_fn(move |context| port.poll_accept(context).map(Some))
+}
+
+/// Serves on all `sessions`, for ever.
 ///
 /// # Errors
 ///
-/// If the port breaks.
-pub async fn serve<I>(port: I, layer: Layer) -> Result<Infallible, Box<dyn Error>>
+/// If what they come from breaks.
+pub async fn serve<I>(
+    sessions: impl Stream<Item = io::Result<GuestSession<I>>> + Send + 'static,
+    layer: Layer,
+) -> Result<Infallible, Box<dyn Error>>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let identity = Identity::default();
     let (reporter, health) = tonic_health::server::health_reporter();
     let guest = GuestServiceServer::new(Guest::new(identity.clone(), layer));
-    let sessions = Sessions::new(identity);
+    let running = Sessions::new(identity);
     let agents =
-        AgentSessionServiceServer::new(Agents::new(sessions.clone())).max_decoding_message_size(MAX_MESSAGE);
-    let exec = ExecServiceServer::new(Exec::new(sessions)).max_decoding_message_size(MAX_MESSAGE);
+        AgentSessionServiceServer::new(Agents::new(running.clone())).max_decoding_message_size(MAX_MESSAGE);
+    let exec = ExecServiceServer::new(Exec::new(running)).max_decoding_message_size(MAX_MESSAGE);
     let files = FileServiceServer::new(Files::default()).max_decoding_message_size(MAX_MESSAGE);
     let ports = PortServiceServer::new(Ports::default()).max_decoding_message_size(MAX_MESSAGE);
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
-    let mut port = GuestPort::new(port);
-    let sessions =
-        futures_util::stream::poll_fn(move |context| port.poll_accept(context).map_ok(Session).map(Some));
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -77,7 +87,7 @@ where
         .add_service(agents)
         .add_service(files)
         .add_service(ports)
-        .serve_with_incoming(sessions)
+        .serve_with_incoming(sessions.map_ok(Session))
         .await?;
     Err("the port has ended".into())
 }

@@ -9,9 +9,9 @@ use super::qemu::{Accelerator, PROGRAM};
 use crate::config::AcceleratorChoice;
 
 /// A kernel that really runs on hardware gives up its missing root filesystem within a second.
-const PANICS_WITHIN: Duration = Duration::from_secs(5);
+pub const PANICS_WITHIN: Duration = Duration::from_secs(5);
 /// What it says then (`mount_root_generic` and `panic` in Linux).
-const PANIC: &str = "Kernel panic";
+pub const PANIC: &str = "Kernel panic";
 
 /// Decides, and says why in the log.
 ///
@@ -38,8 +38,13 @@ pub async fn choose(choice: AcceleratorChoice, kernel: Option<&Path>) -> io::Res
     }
 }
 
-/// Whether a guest makes progress under KVM: the device alone does not tell.
-async fn probe(kernel: Option<&Path>) -> Result<(), String> {
+/// Whether this host says that it has hardware virtualisation. That it makes guests go on is another thing, for which `kernel` is
+/// what a template brings to try it with.
+///
+/// # Errors
+///
+/// What it lacks.
+pub fn virtualises(kernel: Option<&Path>) -> Result<&Path, String> {
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Err(format!("/dev/kvm cannot be opened: {error}"));
     }
@@ -47,7 +52,12 @@ async fn probe(kernel: Option<&Path>) -> Result<(), String> {
     if !has_virtualisation(&cpuinfo) {
         return Err("the processor shows neither VMX nor SVM".into());
     }
-    let kernel = kernel.ok_or("no template brings a kernel to try it with")?;
+    kernel.ok_or_else(|| "no template brings a kernel to try it with".into())
+}
+
+/// Whether a guest makes progress under QEMU with KVM: the device alone does not tell.
+async fn probe(kernel: Option<&Path>) -> Result<(), String> {
+    let kernel = virtualises(kernel)?;
     let output = Command::new(PROGRAM)
         .args(["-machine", "microvm,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-kernel"])
         .arg(kernel)

@@ -4,10 +4,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use super::{
     home::Home,
-    pages::GuestMemory,
     parts::Parts,
     running::on_disk,
-    snapshot::{Draft, Manifest, Origin, Place},
+    snapshot::{Draft, Manifest, Origin, Place, Source},
     stored::Writing,
     vmm::Machine,
 };
@@ -18,7 +17,7 @@ use crate::{backend::Circumstances, fail, microvm::MakeError, telemetry};
 pub struct Capture {
     home: Home,
     draft: Draft,
-    memory: Option<GuestMemory>,
+    memory: Option<Source>,
     layer: Option<PathBuf>,
     /// Goes from thread to thread with the draft, and last.
     writing: Writing,
@@ -34,7 +33,7 @@ impl Capture {
     pub async fn begin(
         place: Place,
         home: &Home,
-        memory: Option<GuestMemory>,
+        memory: Option<Source>,
         with_layer: bool,
         writing: Writing,
     ) -> Result<Self, MakeError> {
@@ -54,11 +53,13 @@ impl Capture {
     /// [`MakeError`] if the VM has ended, or the disk does not take it.
     pub async fn take(self, machine: &dyn Machine) -> Result<Self, MakeError> {
         let Self { home, mut draft, memory, layer, writing } = self;
-        let state = draft.state().map(ToOwned::to_owned);
-        // Another process writes the devices' state meanwhile: none of it is in the guest's memory.
+        let saving = draft.saving().map_err(|error| MakeError::Backend(error.to_string()))?;
+        // Another process writes the devices' state meanwhile, and the memory if it writes that itself: none of it is in the
+        // memory that is read here.
         let devices = async {
-            if let Some(state) = &state {
-                telemetry::step("capture_devices", machine.save(state)).await?;
+            if let Some(saving) = &saving {
+                let saved = machine.save(&saving.state, saving.memory());
+                telemetry::step("capture_devices", saved).await?;
             }
             Ok::<_, MakeError>(fail::pass(fail::SNAPSHOT_DEVICES, home.vm())?)
         };

@@ -182,7 +182,7 @@ impl Cgroup {
         self.dirs.iter().map(|dir| OpenOptions::new().write(true).open(dir.join(entrance))).collect()
     }
 
-    /// The processes of the VM.
+    /// The processes of the VM; threads that the kernel has for it are none.
     ///
     /// # Errors
     ///
@@ -202,6 +202,7 @@ impl Cgroup {
             };
             pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
         }
+        pids.retain(|pid| !is_of_kernel(*pid));
         pids.sort_unstable();
         pids.dedup();
         Ok(pids)
@@ -256,6 +257,18 @@ impl Cgroup {
     }
 }
 
+/// Whether `pid` is a thread of the kernel, such as the one that KVM has for each VM: it joins the group of whoever made the VM,
+/// and ends with it.
+fn is_of_kernel(pid: i32) -> bool {
+    // PF_KTHREAD (include/linux/sched.h), in the ninth field; the second is a name in brackets (proc_pid_stat(5)).
+    const KERNEL_THREAD: u32 = 0x0020_0000;
+    let flags = |stat: String| stat.rsplit_once(')')?.1.split_whitespace().nth(6)?.parse::<u32>().ok();
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(flags)
+        .is_some_and(|flags| flags & KERNEL_THREAD != 0)
+}
+
 fn set(dir: &Path, file: &str, value: &str) -> io::Result<()> {
     let path = dir.join(file);
     fs::write(&path, value).map_err(|error| {
@@ -275,6 +288,15 @@ mod tests {
     use std::{io::Write as _, process::Command};
 
     use super::*;
+
+    #[test]
+    fn threads_of_the_kernel_are_told_from_processes() {
+        assert!(!is_of_kernel(i32::try_from(std::process::id()).unwrap()));
+        // The kernel's first, where it can be seen (kernel/kthread.c).
+        let is_kthreadd = fs::read_to_string("/proc/2/comm").is_ok_and(|name| name.trim() == "kthreadd");
+        assert_eq!(is_of_kernel(2), is_kthreadd);
+        assert!(!is_of_kernel(i32::MAX));
+    }
 
     #[tokio::test]
     async fn a_group_bounds_and_ends_its_processes() {

@@ -2,13 +2,25 @@
 //! the same place is the same, and need not be read to know it.
 #![allow(unsafe_code)]
 
-use std::{fs::File, io, ops::Range, os::fd::AsRawFd as _};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
+};
+
+use super::{
+    pages::{PAGE, Run},
+    runs,
+};
 
 // include/uapi/linux/fiemap.h
 const FIEMAP_FLAG_SYNC: u32 = 1;
 const FIEMAP_EXTENT_LAST: u32 = 0x1;
 const FIEMAP_EXTENT_MERGED: u32 = 0x1000;
 const FIEMAP_EXTENT_SHARED: u32 = 0x2000;
+/// Bytes that are compared at a time.
+const PIECE: u64 = 1 << 20;
 /// Extents that are told at a time.
 const AT_A_TIME: usize = 512;
 
@@ -117,6 +129,40 @@ pub fn alike(one: &[Extent], other: &[Extent], end: u64) -> Vec<Range<u64>> {
     alike
 }
 
+/// The pages of `file` that are not as in `before`, which is as long; without one, those that are not zero. What lies in the
+/// same place is not read.
+///
+/// # Errors
+///
+/// If either cannot be read.
+pub fn differing(before: Option<&File>, file: &File) -> io::Result<Vec<Run>> {
+    let end = file.metadata()?.len();
+    let same = match before {
+        Some(before) => of(before).and_then(|before| Ok(alike(&before, &of(file)?, end))),
+        None => of(file).map(|extents| alike(&[], &extents, end)),
+    };
+    // A filesystem that does not tell: all of it is read.
+    let same = same.unwrap_or_default();
+    let starts = same.iter().map(|range| range.end).chain([end]);
+    let unlike = std::iter::once(0).chain(starts).zip(same.iter().map(|range| range.start).chain([end, end]));
+    let (mut ours, mut theirs) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
+    let mut runs = Vec::new();
+    for (from, to) in unlike.map(|(from, to)| (from / PAGE * PAGE, to.div_ceil(PAGE) * PAGE)) {
+        for at in (from..to.min(end)).step_by(PIECE as usize) {
+            let length = (to.min(end) - at).min(PIECE) as usize;
+            let (ours, theirs) = (&mut ours[..length], &mut theirs[..length]);
+            file.read_exact_at(ours, at)?;
+            if let Some(before) = before {
+                before.read_exact_at(theirs, at)?;
+            }
+            let pages = (at / PAGE..).zip(ours.chunks(PAGE as usize).zip(theirs.chunks(PAGE as usize)));
+            let differ = pages.filter(|(_, (ours, theirs))| ours != theirs);
+            runs.extend(differ.map(|(page, _)| Run(u32::try_from(page).unwrap_or(u32::MAX), 1)));
+        }
+    }
+    Ok(runs::settled(runs))
+}
+
 /// Where the byte `at` lies: in a hole, or there.
 fn place_at<'a>(
     extents: &mut std::iter::Peekable<impl Iterator<Item = &'a Extent>>,
@@ -152,6 +198,31 @@ mod tests {
         assert_eq!(alike(&one, &other, 100), [0..30, 35..60, 70..90, 95..100]);
         assert_eq!(alike(&one, &[], 65), [10..20, 40..60]);
         assert_eq!(alike(&[], &[], 7), vec![0..7]);
+    }
+
+    #[test]
+    fn pages_differ_or_not_wherever_they_lie() {
+        let page = |file: &File, number: u64, byte: u8| {
+            file.write_all_at(&vec![byte; PAGE as usize], number * PAGE).unwrap();
+        };
+        // One filesystem that tells where data lies, and one that does not.
+        for dir in ["/var/tmp", "/dev/shm"] {
+            let (before, file) = (tempfile::tempfile_in(dir).unwrap(), tempfile::tempfile_in(dir).unwrap());
+            for file in [&before, &file] {
+                file.set_len(4096 * PAGE).unwrap();
+                for number in [3, 700, 701] {
+                    page(file, number, 7);
+                }
+            }
+            assert_eq!(differing(Some(&before), &file).unwrap(), [], "{dir}");
+            for (number, byte) in [(0, 1), (700, 9), (3000, 2), (4095, 3), (20, 0)] {
+                page(&file, number, byte);
+            }
+            let found = differing(Some(&before), &file).unwrap();
+            assert_eq!(found, [Run(0, 1), Run(700, 1), Run(3000, 1), Run(4095, 1)], "{dir}");
+            let found = differing(None, &file).unwrap();
+            assert_eq!(found, [Run(0, 1), Run(3, 1), Run(700, 2), Run(3000, 1), Run(4095, 1)], "{dir}");
+        }
     }
 
     #[test]

@@ -35,10 +35,10 @@ use tracing::{info, warn};
 use super::{
     digests::Digests,
     durable,
-    home::{Home, SNAPSHOT_GID},
+    home::{Home, IMAGE_MODE, SNAPSHOT_GID},
     parts::Parts,
     running::{self, Running},
-    vmm::Memory,
+    vmm::{Extent, Memory, SavedMemory},
 };
 use crate::microvm::{Kind, MakeError};
 
@@ -237,9 +237,14 @@ async fn make(
         Ok((home.add_file(MEMORY)?, home.add_file(STATE)?))
     })
     .await?;
-    let vm =
-        Running::boot(parts, home, cgroup, (parts.bootable(&kind.template)?, kind), Memory::Written(memory))
-            .await?;
+    let vm = Running::boot(
+        parts,
+        home,
+        cgroup,
+        (parts.bootable(&kind.template)?, kind),
+        Memory::Written(memory.clone()),
+    )
+    .await?;
     warm_up(&vm).await?;
     // What the kernel puts off is done here once, and not by every clone.
     sleep(SETTLES).await;
@@ -250,7 +255,9 @@ async fn make(
         .map_err(|status| MakeError::Guest(Box::new(status)))?;
     vm.machine.pause().await?;
     vm.link.hang_up().await;
-    vm.machine.save(&state).await?;
+    // Over an empty file: what the guest has never touched is a hole in it.
+    let memory = SavedMemory { file: &memory, extent: Extent::Changed };
+    vm.machine.save(&state, Some(memory)).await?;
     vm.process.kill().await.map_err(|error| MakeError::Backend(error.to_string()))?;
     let golden = golden.clone();
     running::on_disk(home, move |home| publish(home, &golden)).await
@@ -283,7 +290,7 @@ fn publish(home: &Home, golden: &Golden) -> io::Result<()> {
         fs::rename(home.dir().join(name), &path)?;
         // Every VM's user reads it, nobody writes it.
         chown(&path, Some(0), Some(SNAPSHOT_GID))?;
-        fs::set_permissions(&path, Permissions::from_mode(0o440))?;
+        fs::set_permissions(&path, Permissions::from_mode(IMAGE_MODE))?;
         File::open(&path)?.sync_all()?;
     }
     chown(&draft, Some(0), Some(SNAPSHOT_GID))?;

@@ -1,4 +1,4 @@
-//! The way to a guest: HTTP/2 over the framed link over the VM's serial port, connected when it is first needed.
+//! The way to a guest: HTTP/2 over the framed link over the port that its VMM has for it, connected when it is first needed.
 
 use std::{
     io,
@@ -24,7 +24,7 @@ use tokio::{
 use tonic::{Status, body::Body};
 use tower::Service;
 
-use super::home::{GUEST, Home};
+use super::{home::Home, vmm::Vmm};
 
 /// A guest that runs answers a handshake in a millisecond, one that boots when it is up.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
@@ -51,6 +51,7 @@ pub struct GuestLink(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
+    vmm: Arc<dyn Vmm>,
     home: Home,
     connected: Mutex<Option<Connected>>,
 }
@@ -100,9 +101,9 @@ async fn let_go(mut socket: UnixStream, task: &AbortHandle, mut ended: watch::Re
 }
 
 impl GuestLink {
-    /// The way to the guest of the VM in `home`. Nothing is connected yet.
-    pub fn new(home: Home) -> Self {
-        Self(Arc::new(Shared { home, connected: Mutex::new(None) }))
+    /// The way to the guest of the VM in `home`, which `vmm` runs. Nothing is connected yet.
+    pub fn new(vmm: Arc<dyn Vmm>, home: Home) -> Self {
+        Self(Arc::new(Shared { vmm, home, connected: Mutex::new(None) }))
     }
 
     /// Connects, if it is not yet.
@@ -137,13 +138,12 @@ impl Shared {
         if let Some(connected) = slot.take() {
             connected.end().await;
         }
-        let connected = slot.insert(connect(&self.home).await?);
+        let connected = slot.insert(connect(self.vmm.dial(&self.home).await?).await?);
         Ok(connected.sender.clone())
     }
 }
 
-async fn connect(home: &Home) -> io::Result<Connected> {
-    let stream: UnixStream = home.connect(GUEST).await?;
+async fn connect(stream: UnixStream) -> io::Result<Connected> {
     let socket = UnixStream::from_std(StdStream::from(stream.as_fd().try_clone_to_owned()?))?;
     let mut nonce = [0; 16];
     getrandom::fill(&mut nonce).map_err(io::Error::other)?;

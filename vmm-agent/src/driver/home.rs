@@ -29,6 +29,10 @@ const UID_BITS: u32 = 28;
 /// Group of all VMs: it may read golden snapshots.
 pub const SNAPSHOT_GID: u32 = FIRST_UID - 1;
 
+/// Mode of what many VMs map: each VM's user reads it who comes to it. Their directories let nobody else pass, and a jailed VM
+/// has no group but its own.
+pub const IMAGE_MODE: u32 = 0o444;
+
 /// The control socket's name.
 pub const CONTROL: &str = "control.sock";
 /// The name of the socket that leads to the guest's port.
@@ -40,6 +44,8 @@ pub const DEBUG: &str = "debug.sock";
 const NETWORK: &str = "network";
 /// There if the VM may reach nothing.
 const NO_EGRESS: &str = "no-egress";
+/// There once the VMM was told to write what has changed of its memory.
+const ACCOUNT_CLOSED: &str = "account-closed";
 /// The state of its devices, while its VMM writes it.
 const SAVED: &str = "saved.bin";
 /// The state of its devices, while its VMM reads it.
@@ -84,6 +90,11 @@ impl Home {
     /// The image of memory that it maps, if it maps one.
     pub fn base(&self) -> PathBuf {
         self.dir.join("base.img")
+    }
+
+    /// What a jailed VMM sees ([`super::firecracker`]).
+    pub fn jail(&self) -> PathBuf {
+        self.dir.join("jail")
     }
 
     /// What the capture before has left of the memory, if there was one ([`super::previous`]).
@@ -246,7 +257,27 @@ impl Home {
     ///
     /// If it resists.
     pub fn forget_previous(&self) -> io::Result<()> {
+        durable::remove(&self.dir.join(ACCOUNT_CLOSED))?;
         durable::remove_whole(&self.previous())
+    }
+
+    /// Whether the VMM that runs was told before to write what has changed of its memory: it tells each change once.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn is_account_closed(&self) -> io::Result<bool> {
+        self.dir.join(ACCOUNT_CLOSED).try_exists()
+    }
+
+    /// Writes down that it is told so: before it is.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn note_account_closed(&self) -> io::Result<()> {
+        // It need not survive the machine: the VMM does not.
+        fs::write(self.dir.join(ACCOUNT_CLOSED), "")
     }
 
     /// Makes an empty file that the VMM may write its devices' state to.
@@ -280,13 +311,14 @@ impl Home {
         durable::remove(&self.dir.join(LOADED))
     }
 
-    /// Removes the sockets of a VMM that is gone.
+    /// Removes the sockets, and the jail, of a VMM that is gone.
     ///
     /// # Errors
     ///
     /// If they resist.
     pub fn remove_sockets(&self) -> io::Result<()> {
-        [CONTROL, GUEST, DEBUG].into_iter().try_for_each(|name| durable::remove(&self.dir.join(name)))
+        [CONTROL, GUEST, DEBUG].into_iter().try_for_each(|name| durable::remove(&self.dir.join(name)))?;
+        durable::remove(&self.jail())
     }
 
     /// Makes an empty file that the VM's user may write.
@@ -302,7 +334,12 @@ impl Home {
         Ok(path)
     }
 
-    fn give(&self, file: &File) -> io::Result<()> {
+    /// Makes a file the VM's user's.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn give(&self, file: &File) -> io::Result<()> {
         std::os::unix::fs::fchown(file, Some(self.uid), Some(self.uid))
     }
 

@@ -161,7 +161,7 @@ impl Instance for Vm {
     async fn store(&mut self, is_quiet: bool) -> Result<u64, MakeError> {
         let (parts, _) = self.source()?;
         let running = self.running()?;
-        let memory = running.memory(self.memory_mb().await?).await?;
+        let memory = running.source(&parts, self.memory_mb().await?).await?;
         let paused_at = Instant::now();
         let writing = self.stored.write().await;
         let place = self.stored.place();
@@ -186,7 +186,7 @@ impl Instance for Vm {
         let running = self.running()?;
         let memory = match what.disk_only {
             true => None,
-            false => Some(running.memory(self.memory_mb().await?).await?),
+            false => Some(running.source(&parts, self.memory_mb().await?).await?),
         };
         let place = parts.places.snapshot(&what.snapshot_id);
         let capture = Capture::begin(place, &self.home, memory, true, writing).await?;

@@ -146,7 +146,12 @@ impl Parts {
         cgroups.prepare()?;
         let processor = processor()?;
         let mut bootables = BTreeMap::new();
+        let brought = |template: Template| match vmm.links_files() {
+            true => template.on_filesystem_of(&places.cache),
+            false => Ok(template),
+        };
         for template in templates {
+            let template = brought(template)?;
             let initramfs = initramfs::ensure(&places.cache, &template, guest_binary)?;
             let snapshot_key = snapshot_key(&template, &initramfs, vmm.as_ref(), &processor);
             bootables.insert(template.name.clone(), Bootable { template, initramfs, snapshot_key });
@@ -168,6 +173,7 @@ impl Parts {
                 continue;
             };
             let Some(initramfs) = initramfs::find(&places.cache, &origin.initramfs_digest) else { continue };
+            let template = brought(template)?;
             let snapshot_key = snapshot_key(&template, &initramfs, vmm.as_ref(), &processor);
             kept.push(Bootable { template, initramfs, snapshot_key });
         }
@@ -251,7 +257,7 @@ impl Parts {
 
     /// What a VM of `kind` is of that is started with `bootable`.
     pub fn origin(&self, bootable: &Bootable, kind: &Kind) -> Origin {
-        Origin::of(bootable, kind, self.vmm.version(), &self.processor)
+        Origin::of(bootable, kind, self.vmm.as_ref(), &self.processor)
     }
 
     /// The home of the VM called `vm`.
@@ -307,6 +313,8 @@ impl Parts {
         let mut stays: Vec<_> =
             current.chain(needed).map(|digest| initramfs::place(&self.places.cache, digest)).collect();
         stays.push(self.places.cache.join("layer.img"));
+        let bootables = self.bootables.values().chain(&self.kept);
+        stays.extend(bootables.map(|bootable| bootable.template.copy_in(&self.places.cache)));
         for entry in fs::read_dir(&self.places.cache)? {
             let path = entry?.path();
             if !stays.contains(&path) {

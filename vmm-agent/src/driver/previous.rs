@@ -34,6 +34,7 @@ use super::{
     pages::{Pages, Run},
     runs,
     snapshot::digests_of,
+    vmm::Extent,
 };
 
 const MEMORY: &str = "memory.img";
@@ -129,6 +130,21 @@ impl Foundation {
             account: None,
             taken: None,
         })
+    }
+
+    /// The foundation for a VM whose VMM writes its memory itself, and how much of it that is to write. It says what has
+    /// changed since it was told to before: if that capture came to nothing, only all of it will do.
+    ///
+    /// # Errors
+    ///
+    /// If the home cannot be read or written.
+    pub fn of_saved(home: &Home) -> io::Result<(Self, Extent)> {
+        let mut foundation = Self::of(home, true)?;
+        if foundation.account.is_some() || !home.is_account_closed()? {
+            return Ok((foundation, Extent::Changed));
+        }
+        (foundation.image, foundation.digests) = (None, None);
+        Ok((foundation, Extent::All))
     }
 
     /// Which of the VM's pages are not in it.
@@ -331,6 +347,27 @@ mod tests {
         drop(dying);
         assert_eq!(Foundation::of(&home, true).unwrap().wanted(), Wanted::Own);
         assert!(!home.previous().exists());
+    }
+
+    #[test]
+    fn a_vmm_that_has_told_its_changes_for_nothing_tells_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::of(dir.path(), "vm-000000000002");
+        fs::create_dir(home.dir()).unwrap();
+        fs::write(home.base(), "image").unwrap();
+        let of = || Foundation::of_saved(&home).unwrap();
+        let (first, extent) = of();
+        assert_eq!((&first.image, extent), (&Some(home.base()), Extent::Changed));
+        home.note_account_closed().unwrap();
+        let (second, extent) = of();
+        assert_eq!((&second.image, extent), (&None, Extent::All));
+        // What is started there next has told nothing.
+        home.forget_previous().unwrap();
+        assert_eq!(of().1, Extent::Changed);
+        let home = captured(dir.path());
+        home.note_account_closed().unwrap();
+        let (over, extent) = Foundation::of_saved(&home).unwrap();
+        assert_eq!((&over.image, extent), (&Some(home.previous().join(MEMORY)), Extent::Changed));
     }
 
     #[test]

@@ -5,14 +5,17 @@ mod debug;
 mod graft;
 mod qmp;
 mod spawn;
-mod tsc;
+pub mod tsc;
 mod vmstate;
 
 use std::{fs::File, io, path::Path, process::Stdio, time::Duration};
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    net::UnixStream,
+    time::{Instant, sleep, timeout},
+};
 use tracing::warn;
 
 pub use self::arguments::Accelerator;
@@ -21,7 +24,7 @@ use super::{
     home::{self, Home},
     process::Process,
     userfaultfd,
-    vmm::{Graft, Launch, Machine, Start, Vmm, VmmError},
+    vmm::{Graft, Launch, Machine, SavedMemory, Start, Vmm, VmmError},
 };
 use crate::backend::Condition;
 
@@ -112,8 +115,9 @@ impl Vmm for Qemu {
     }
 
     fn snapshot_key(&self) -> String {
-        // All that the command line is made of stands in that file.
-        let arguments = hex::encode(&Sha256::digest(include_str!("qemu/arguments.rs"))[..8]);
+        // All that the command line is made of stands in these files.
+        let made_of = [include_str!("qemu/arguments.rs"), include_str!("command_line.rs")].concat();
+        let arguments = hex::encode(&Sha256::digest(made_of)[..8]);
         let network = if self.has_network { "network" } else { "none" };
         let (option, cpu) = (self.accelerator.option(), self.accelerator.cpu());
         format!("{} {option} {cpu} {network} {arguments}", self.version)
@@ -121,6 +125,22 @@ impl Vmm for Qemu {
 
     fn overhead_bytes(&self) -> u64 {
         self.accelerator.overhead_bytes()
+    }
+
+    fn snapshot_format(&self) -> Option<&str> {
+        None
+    }
+
+    fn host_kernel(&self) -> Option<&str> {
+        None
+    }
+
+    fn links_files(&self) -> bool {
+        false
+    }
+
+    fn saves_memory(&self) -> bool {
+        false
     }
 
     fn grafts(&self) -> bool {
@@ -157,6 +177,10 @@ impl Vmm for Qemu {
 
     async fn attach(&self, home: &Home) -> Result<Box<dyn Machine>, VmmError> {
         Ok(Box::new(Microvm { qmp: Qmp::connect(home).await? }))
+    }
+
+    async fn dial(&self, home: &Home) -> io::Result<UnixStream> {
+        home.connect(home::GUEST).await
     }
 }
 
@@ -231,7 +255,7 @@ impl Machine for Microvm {
         self.said().await
     }
 
-    async fn save(&self, state: &Path) -> Result<(), VmmError> {
+    async fn save(&self, state: &Path, _: Option<SavedMemory<'_>>) -> Result<(), VmmError> {
         // Of all devices, and nothing but them; nothing of it is Xen's (qapi/migration.json).
         let to = json!({ "filename": state, "live": false });
         self.qmp.execute("xen-save-devices-state", to).await.map(drop)

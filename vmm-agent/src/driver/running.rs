@@ -14,7 +14,7 @@ use super::{
     pages::GuestMemory,
     parts::{Bootable, Parts},
     process::Process,
-    snapshot::{Manifest, Place},
+    snapshot::{Manifest, Place, Source},
     vmm::{Graft, Launch, Machine, Memory, Start, VmmError},
 };
 use crate::{
@@ -25,6 +25,8 @@ use crate::{
 
 /// A boot takes 4 s under emulation at rest (measured); with every CPU busy several times that.
 pub const BOOT_WITHIN: Duration = Duration::from_secs(60);
+/// Between two tries to reach a guest that boots.
+const BOOT_STEP: Duration = Duration::from_millis(5);
 
 impl From<VmmError> for MakeError {
     fn from(error: VmmError) -> Self {
@@ -63,6 +65,8 @@ impl Running {
             while let Err(error) = running.link.connect().await {
                 let console = running.console.as_ref().map(Console::tail);
                 tracing::debug!(%error, console, "the guest is not up yet");
+                // A VMM may say so at once.
+                tokio::time::sleep(BOOT_STEP).await;
             }
         };
         let up = tokio::time::timeout(BOOT_WITHIN, running.unless_it_ends(up)).await;
@@ -129,11 +133,13 @@ impl Running {
         let memory = Memory::CopyOf(home.base());
         let running = Self::launch(parts, home, cgroup, (bootable, kind), memory, Start::Paused).await?;
         fail::pass(fail::START_LAUNCHED, home.vm())?;
-        let memory = running.memory(kind.memory_mb).await?;
         // Before the devices: they look at what the guest has left them there.
-        let from = place.clone();
-        let pages = unless_damaged(home, move |_| from.load_pages(&manifest, &memory));
-        running.unless_it_ends(telemetry::step("pages", pages)).await??;
+        if manifest.pages_bytes() > 0 {
+            let memory = running.memory(kind.memory_mb).await?;
+            let from = place.clone();
+            let pages = unless_damaged(home, move |_| from.load_pages(&manifest, &memory));
+            running.unless_it_ends(telemetry::step("pages", pages)).await??;
+        }
         fail::pass(fail::START_PAGED, home.vm())?;
         match running.unless_it_ends(telemetry::step("load", running.machine.load(&state))).await? {
             Ok(()) => {
@@ -184,6 +190,18 @@ impl Running {
         Ok(GuestMemory { process: self.process.clone(), address, bytes: u64::from(memory_mb) << 20 })
     }
 
+    /// Where a capture of it takes its memory from.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError`] of the VMM.
+    pub async fn source(&self, parts: &Parts, memory_mb: u32) -> Result<Source, MakeError> {
+        Ok(match parts.vmm.saves_memory() {
+            true => Source::Vmm { bytes: u64::from(memory_mb) << 20 },
+            false => Source::Process(self.memory(memory_mb).await?),
+        })
+    }
+
     /// Takes over the VMM in `home` that an earlier agent started; `None` if there is none any more.
     ///
     /// # Errors
@@ -198,7 +216,12 @@ impl Running {
             return Ok(None);
         }
         let machine = parts.vmm.attach(home).await?;
-        Ok(Some(Self { process, machine, link: GuestLink::new(home.clone()), console: None }))
+        Ok(Some(Self {
+            process,
+            machine,
+            link: GuestLink::new(parts.vmm.clone(), home.clone()),
+            console: None,
+        }))
     }
 
     async fn launch(
@@ -233,7 +256,8 @@ impl Running {
         };
         match telemetry::step("launch", parts.vmm.launch(launch)).await {
             Ok((process, machine)) => {
-                Ok(Self { process, machine, link: GuestLink::new(home.clone()), console: Some(console) })
+                let link = GuestLink::new(parts.vmm.clone(), home.clone());
+                Ok(Self { process, machine, link, console: Some(console) })
             }
             // What it has to say is on its console, if it came as far.
             Err(error) => Err(with_console(&error.to_string(), &console)),

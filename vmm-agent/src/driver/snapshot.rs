@@ -34,13 +34,14 @@ use fs_err::{self as fs, File};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-pub use self::draft::Draft;
+pub use self::draft::{Draft, Source};
 use super::{
     digests::{Digests, Verified},
     durable,
     home::Home,
     pages::{GuestMemory, Pages, Run, sha256_of},
     parts::Bootable,
+    vmm::Vmm,
 };
 use crate::{backend::Circumstances, microvm::Kind};
 
@@ -72,20 +73,28 @@ pub struct Origin {
     pub processor: String,
     /// The initramfs, with the first process in it, by digest.
     pub initramfs_digest: String,
+    /// The format of the VMM's snapshots, if they have one that is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_format: Option<String>,
+    /// The release of the host's kernel, if a snapshot depends on that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_kernel: Option<String>,
 }
 
 impl Origin {
     /// Of a VM of `kind` that is started now, by `vmm`.
-    pub fn of(bootable: &Bootable, kind: &Kind, vmm: &str, processor: &str) -> Self {
+    pub fn of(bootable: &Bootable, kind: &Kind, vmm: &dyn Vmm, processor: &str) -> Self {
         Self {
             snapshot_key: bootable.snapshot_key.clone(),
             template: bootable.template.name.clone(),
             template_digest: bootable.template.digest.clone(),
             cpu_count: kind.cpu_count,
             memory_mb: kind.memory_mb,
-            vmm: vmm.to_owned(),
+            vmm: vmm.version().to_owned(),
             processor: processor.to_owned(),
             initramfs_digest: bootable.initramfs.digest.clone(),
+            snapshot_format: vmm.snapshot_format().map(ToOwned::to_owned),
+            host_kernel: vmm.host_kernel().map(ToOwned::to_owned),
         }
     }
 

@@ -1,5 +1,7 @@
 //! The seam between the driver, which knows homes, snapshots and guests, and the VMM that runs one VM.
 //!
+//! Two are behind it: [`super::qemu`] and [`super::firecracker`].
+//!
 //! ```text
 //!   launch(Start::Boot) ────────────► running ──pause──► paused ──save──► paused
 //!   launch(Start::Paused) ─► empty ──load──► paused ──resume──► running
@@ -15,6 +17,8 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
+
+use tokio::net::UnixStream;
 
 use super::{cgroup::Cgroup, home::Home, process::Process};
 use crate::{backend::Condition, microvm::Kind, network::Interface};
@@ -67,6 +71,24 @@ pub enum Start {
     Boot,
     /// Waits for [`Machine::load`].
     Paused,
+}
+
+/// How much of a guest's memory its VMM writes when it is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    All,
+    /// What has changed since it was saved before, or since the VMM was launched: over what is in the file already.
+    Changed,
+}
+
+/// Where a VMM writes the guest's memory when it is saved, if it does so itself ([`Vmm::saves_memory`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedMemory<'a> {
+    /// A file of its home's user.
+    pub file: &'a Path,
+    /// How much of it.
+    pub extent: Extent,
 }
 
 /// Bytes to be written to a guest's memory.
@@ -129,6 +151,19 @@ pub trait Vmm: Debug + Send + Sync + 'static {
     /// What a VMM takes beyond the guest's memory, bytes: for the limit of its group.
     fn overhead_bytes(&self) -> u64;
 
+    /// The format of its snapshots, if that is a thing of its own: another version does not read them.
+    fn snapshot_format(&self) -> Option<&str>;
+
+    /// The release of the host's kernel, if a snapshot can be restored only where that is the same.
+    fn host_kernel(&self) -> Option<&str>;
+
+    /// Whether it gets its files as links in a directory of its own, for which all must be on one filesystem.
+    fn links_files(&self) -> bool;
+
+    /// Whether it writes the guest's memory itself when it is saved. Else that is a file that it writes through to, or is read
+    /// from its process ([`super::pages`]).
+    fn saves_memory(&self) -> bool;
+
     /// Whether a VMM that has run is better than a new one for a state that is restored ([`Machine::graft`]): where it has
     /// translated the guest's code, which a new one would do again.
     fn grafts(&self) -> bool;
@@ -138,6 +173,9 @@ pub trait Vmm: Debug + Send + Sync + 'static {
 
     /// Takes over a VMM that was launched in `home` by an earlier agent.
     async fn attach(&self, home: &Home) -> Result<Box<dyn Machine>, VmmError>;
+
+    /// Connects to the port of the guest in `home` on which its first process waits for its host.
+    async fn dial(&self, home: &Home) -> io::Result<UnixStream>;
 }
 
 /// A VMM that runs.
@@ -152,8 +190,9 @@ pub trait Machine: Debug + Send + Sync + 'static {
     /// Running → paused, and all that the guest has said is said.
     async fn pause(&self) -> Result<(), VmmError>;
 
-    /// Paused → the same, with everything but memory and disk in `state`, a file of its own.
-    async fn save(&self, state: &Path) -> Result<(), VmmError>;
+    /// Paused → the same, with everything but memory and disk in `state`, a file of its own; with its memory in `memory` if it
+    /// writes that itself, which it does only where it is told.
+    async fn save(&self, state: &Path, memory: Option<SavedMemory<'_>>) -> Result<(), VmmError>;
 
     /// Launched with [`Start::Paused`], its memory as it was when `state` was saved → paused there.
     async fn load(&self, state: &Path) -> Result<(), VmmError>;

@@ -3,6 +3,7 @@
 //! - [`floor`]: QEMU alone, with none of our code.
 //! - [`create`], [`calls`], [`transfer`], [`memory`], [`streams`], [`agents`], [`previews`], [`crowd`]: one subject each.
 //! - [`network`]: what it adds to a create, how many there can be, and what passes through one.
+//! - [`firecracker`]: a restore under its jailer.
 //! - [`captures`], [`curve`]: checkpoints, live forks and hibernation, done by [`timed`]; [`beside`] a peer's figures.
 //! - [`table`]: rows, medians, and whether a target is met. A missed one is shown, and fails nothing.
 
@@ -13,6 +14,7 @@ mod captures;
 mod create;
 mod crowd;
 mod curve;
+mod firecracker;
 mod floor;
 mod memory;
 mod network;
@@ -35,7 +37,7 @@ use self::table::Table;
 struct Arguments {
     /// Subjects to measure, beside the floor; all where none is named
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
-    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "idle", "agents", "previews", "network", "captures", "curve", "crowd"])]
+    #[arg(value_parser = ["create", "calls", "transfer", "memory", "streams", "idle", "agents", "previews", "network", "firecracker", "captures", "curve", "crowd"])]
     only: Vec<String>,
     /// Creates in a row of the subject `crowd`
     #[arg(long, default_value_t = 1000)]
@@ -93,6 +95,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("network") {
         network::measure(&mut table).await.context("network")?;
+    }
+    if wanted("firecracker") {
+        firecracker::measure(&mut table).await.context("firecracker")?;
     }
     for (name, value) in machine()? {
         table.fact(name, &value);

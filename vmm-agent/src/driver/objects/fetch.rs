@@ -19,7 +19,12 @@ use super::{
     chunk::{CHUNK, ChunkId, offset},
     inventory::{Inventory, MAX_BYTES, StoredFile},
 };
-use crate::driver::{digests::Digests, durable, home::SNAPSHOT_GID, snapshot::digests_of};
+use crate::driver::{
+    digests::Digests,
+    durable,
+    home::{IMAGE_MODE, SNAPSHOT_GID},
+    snapshot::digests_of,
+};
 
 /// What digests are called beside their images.
 const DIGESTS: &str = ".digests";
@@ -85,7 +90,7 @@ impl Objects {
         let finish = move || -> io::Result<()> {
             if is_for_vms {
                 chown(target.path(), Some(0), Some(SNAPSHOT_GID))?;
-                target.set_permissions(Permissions::from_mode(0o440))?;
+                target.set_permissions(Permissions::from_mode(IMAGE_MODE))?;
             } else {
                 target.set_permissions(Permissions::from_mode(0o600))?;
             }

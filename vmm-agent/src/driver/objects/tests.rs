@@ -49,6 +49,8 @@ pub(in crate::driver) fn origin() -> Origin {
         vmm: "QEMU".into(),
         processor: "p".into(),
         initramfs_digest: "i".into(),
+        snapshot_format: None,
+        host_kernel: None,
     }
 }
 

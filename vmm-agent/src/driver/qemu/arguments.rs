@@ -5,9 +5,9 @@ use std::{
     path::Path,
 };
 
-use crate::{
-    driver::vmm::{Launch, Memory, Start},
-    network::plan,
+use crate::driver::{
+    command_line,
+    vmm::{Launch, Memory, Start},
 };
 
 /// The node of the writable layer's device.
@@ -151,20 +151,7 @@ impl Machine<'_> {
     fn kernel_command_line(&self) -> String {
         // A guest that panics reboots at once, which ends QEMU.
         let mut line = String::from("console=ttyS0 quiet panic=-1 reboot=t");
-        // What every switch of tasks and every exec would pay for, and a guest without policies has no use for:
-        // accounting of stalls, and security modules beside those that its own programs use.
-        line.push_str(" psi=0 lsm=landlock,yama");
-        if self.launch.network.is_some() {
-            let mac = plan::GATEWAY_MAC.map(|byte| format!("{byte:02x}")).join(":");
-            line.push_str(&format!(
-                " oc.net={}/30,{} oc.net={}/64,{} oc.gateway-mac={mac} oc.dns={}",
-                plan::GUEST,
-                plan::GATEWAY,
-                plan::GUEST6,
-                plan::GATEWAY6,
-                plan::DNS
-            ));
-        }
+        line.push_str(&command_line::of_guest(self.launch.network.is_some()));
         if self.accelerator == Accelerator::Tcg {
             // The counter is the host's. Nothing is there to check it against, and on a busy host a check would fail.
             line.push_str(&format!(" tsc_early_khz={} tsc=reliable", self.tsc_khz));

@@ -7,7 +7,7 @@
 
 use std::{
     fs::File,
-    io::{self, Write as _},
+    io,
     os::{
         fd::{AsRawFd as _, OwnedFd, RawFd},
         unix::process::CommandExt as _,
@@ -27,12 +27,10 @@ use nix::{
 use tokio::task::spawn_blocking;
 
 use super::PROGRAM;
-use crate::driver::{home::SNAPSHOT_GID, process::Process};
+use crate::driver::{child, home::SNAPSHOT_GID, process::Process};
 
 /// Files that a VMM may have open.
 const MAX_FILES: u64 = 512;
-/// Under memory pressure the kernel ends a VM before anything of ours.
-const OOM_SCORE: &[u8] = b"500";
 
 /// What a child becomes.
 #[derive(Debug)]
@@ -74,16 +72,11 @@ pub async fn spawn(plan: Plan) -> io::Result<Process> {
             inherited.push(library.as_raw_fd());
         }
         let (uid, entrances) = (plan.uid, plan.entrances);
-        let mut oom_score = File::options();
-        oom_score.write(true);
         // SAFETY: the closure runs in the child of a process with threads, where only async-signal-safe functions may be
         // called. It makes system calls on values that were made before, and does not allocate.
         unsafe {
             command.pre_exec(move || {
-                for mut entrance in &entrances {
-                    entrance.write_all(b"0")?;
-                }
-                oom_score.open("/proc/self/oom_score_adj")?.write_all(OOM_SCORE)?;
+                child::join(&entrances)?;
                 become_nobody(uid)?;
                 for &fd in &inherited {
                     fcntl(std::os::fd::BorrowedFd::borrow_raw(fd), FcntlArg::F_SETFD(FdFlag::empty()))?;
@@ -110,11 +103,9 @@ fn become_nobody(uid: u32) -> nix::Result<()> {
     // Huge pages round up what QEMU's heap and its translated code take, for every VM: some 4 MiB (measured). A
     // clone's memory is a file's and has none either way.
     prctl::set_thp_disable(true)?;
-    // No dump of a guest's memory ends up on the host's disk.
-    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES)?;
     setgroups(&[Gid::from_raw(SNAPSHOT_GID)])?;
     setgid(Gid::from_raw(uid))?;
     setuid(Uid::from_raw(uid))?;
-    prctl::set_no_new_privs()
+    child::bound()
 }

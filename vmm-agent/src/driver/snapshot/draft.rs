@@ -17,7 +17,14 @@ use self::memory::MemoryDraft;
 use super::{FORMAT, LAYER, MANIFEST, Manifest, Origin, Place};
 use crate::{
     backend::Circumstances,
-    driver::{digests::Verified, durable, home::Home, layer, pages::GuestMemory},
+    driver::{
+        digests::Verified,
+        durable,
+        home::Home,
+        layer,
+        pages::GuestMemory,
+        vmm::{Extent, SavedMemory},
+    },
     fail,
 };
 
@@ -36,6 +43,33 @@ impl Drop for Scratch {
         if let Err(error) = durable::remove(&self.0) {
             tracing::warn!(path = %self.0.display(), %error, "an unfinished snapshot stays until the next start");
         }
+    }
+}
+
+/// Where the memory of a VM comes from that is captured.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// It is read from its process.
+    Process(GuestMemory),
+    /// Its VMM writes it.
+    Vmm {
+        /// How much there is of it.
+        bytes: u64,
+    },
+}
+
+/// What a VMM writes of a VM that is captured, while that is paused.
+#[derive(Debug)]
+pub struct Saving {
+    /// Where the devices' state goes.
+    pub state: PathBuf,
+    memory: Option<(PathBuf, Extent)>,
+}
+
+impl Saving {
+    /// Where its memory goes, if the VMM writes that.
+    pub fn memory(&self) -> Option<SavedMemory<'_>> {
+        self.memory.as_ref().map(|(file, extent)| SavedMemory { file, extent: *extent })
     }
 }
 
@@ -58,7 +92,7 @@ impl Draft {
     pub fn begin(
         place: &Place,
         home: &Home,
-        memory: Option<&GuestMemory>,
+        memory: Option<&Source>,
         layer: Option<&Path>,
     ) -> io::Result<Self> {
         durable::remove_whole(&place.0)?;
@@ -70,9 +104,13 @@ impl Draft {
         Ok(Self { place: place.0.clone(), dir: scratch, memory, layer: None })
     }
 
-    /// Where the VMM is to write the devices' state, which it does while the VM is paused.
-    pub fn state(&self) -> Option<&Path> {
-        self.memory.as_ref().map(|memory| memory.state.as_path())
+    /// What the VMM is to write, while the VM is paused; nothing of a snapshot without memory. It must be told once.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it: then it must not be told.
+    pub fn saving(&mut self) -> io::Result<Option<Saving>> {
+        self.memory.as_mut().map(MemoryDraft::saving).transpose()
     }
 
     /// Takes what can only be taken while the VM is paused: the pages of `memory`, and a copy of its disk.
@@ -80,8 +118,8 @@ impl Draft {
     /// # Errors
     ///
     /// If the VM has ended, or the disk does not take it.
-    pub fn take(&mut self, memory: Option<&GuestMemory>, layer: Option<&Path>) -> io::Result<()> {
-        if let (Some(draft), Some(memory)) = (&mut self.memory, memory) {
+    pub fn take(&mut self, memory: Option<&Source>, layer: Option<&Path>) -> io::Result<()> {
+        if let (Some(draft), Some(Source::Process(memory))) = (&mut self.memory, memory) {
             draft.take(memory)?;
         }
         if let Some(layer) = layer {

@@ -10,17 +10,19 @@ use std::{
 use fs_err::{self as fs, File, os::unix::fs::chown};
 use tracing::debug;
 
+use super::{Saving, Source};
 use crate::driver::{
     digests::{Digests, Verified},
-    durable,
+    durable, extents,
     held::Held,
-    home::{Home, SNAPSHOT_GID},
+    home::{Home, IMAGE_MODE, SNAPSHOT_GID},
     layer,
     pagemap_scan::Wanted,
     pages::{GuestMemory, Pages, Run, sha256_of},
     previous::{Changed, Foundation},
     runs,
     snapshot::{MEMORY, MemoryPart, PAGES, STATE, digests_of},
+    vmm::Extent,
 };
 
 /// Changed memory above which a snapshot gets an image of its own, bytes. Below, copying the pages into each VM that is
@@ -35,8 +37,11 @@ const PIECE: usize = 1 << 20;
 #[derive(Debug)]
 pub struct MemoryDraft {
     /// Where the VMM writes the devices' state.
-    pub state: PathBuf,
+    state: PathBuf,
+    home: Home,
     foundation: Foundation,
+    /// How much of the memory the VMM writes into the image, if it does.
+    saved: Option<Extent>,
     /// Whether the kernel remembers which pages are written.
     is_remembered: bool,
     /// An image of its own, if it gets one: all of the foundation is in it.
@@ -55,7 +60,34 @@ impl MemoryDraft {
     /// # Errors
     ///
     /// If the disk does not take it.
-    pub fn begin(dir: &Path, home: &Home, memory: &GuestMemory) -> io::Result<Self> {
+    pub fn begin(dir: &Path, home: &Home, source: &Source) -> io::Result<Self> {
+        match source {
+            Source::Process(memory) => Self::to_be_read(dir, home, memory),
+            Source::Vmm { bytes } => Self::to_be_saved(dir, home, *bytes),
+        }
+    }
+
+    /// Begins one whose memory its VMM writes over a copy of the foundation.
+    fn to_be_saved(dir: &Path, home: &Home, bytes: u64) -> io::Result<Self> {
+        let (foundation, extent) = Foundation::of_saved(home)?;
+        let image = new_image(&foundation, &dir.join(MEMORY), bytes)?;
+        image.set_permissions(Permissions::from_mode(0o600))?;
+        home.give(image.file())?;
+        Ok(Self {
+            state: home.state_to_save()?,
+            home: home.clone(),
+            foundation,
+            saved: Some(extent),
+            is_remembered: false,
+            image: Some(image),
+            runs: Vec::new(),
+            held: Held::reserve(0),
+            spill: spill(dir)?,
+        })
+    }
+
+    /// Begins one whose memory is read from its process.
+    fn to_be_read(dir: &Path, home: &Home, memory: &GuestMemory) -> io::Result<Self> {
         let written = memory.remember_writes().and_then(|()| memory.look(Wanted::Written));
         if let Err(error) = &written {
             debug!(%error, "a capture takes all that was changed");
@@ -80,13 +112,33 @@ impl MemoryDraft {
         };
         Ok(Self {
             state: home.state_to_save()?,
+            home: home.clone(),
             foundation,
+            saved: None,
             is_remembered,
             image,
             runs: Vec::new(),
             held: Held::reserve(runs::bytes(&changed)),
-            spill: fs::OpenOptions::new().read(true).write(true).create_new(true).open(dir.join(SPILL))?,
+            spill: spill(dir)?,
         })
+    }
+
+    /// What the VMM is to write.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take that it is told.
+    pub fn saving(&mut self) -> io::Result<Saving> {
+        let memory = match (self.saved, &self.image) {
+            (Some(extent), Some(image)) => {
+                // It tells each change once. Should this one not be kept, the next is of everything.
+                self.home.note_account_closed()?;
+                self.foundation.close_account()?;
+                Some((image.path().to_owned(), extent))
+            }
+            _ => None,
+        };
+        Ok(Saving { state: self.state.clone(), memory })
     }
 
     /// Takes the pages of `memory`, while the VM is paused.
@@ -120,13 +172,18 @@ impl MemoryDraft {
         fs::rename(&self.state, &state_path)?;
         chown(&state_path, Some(0), Some(0))?;
         let (image_path, pages_path) = (dir.join(MEMORY), dir.join(PAGES));
+        if let (Some(_), Some(image)) = (self.saved, &self.image) {
+            let before = self.foundation.image.as_ref().map(File::open).transpose()?;
+            self.runs = extents::differing(before.as_ref().map(File::file), image.file())?;
+            self.foundation.taken(&self.runs);
+        }
         let mut pages = Pages::default();
         let mut pages_file = File::create_new(&pages_path)?;
         match &self.image {
             Some(image) => {
                 self.held.save_over(image.file())?;
                 chown(&image_path, Some(0), Some(SNAPSHOT_GID))?;
-                image.set_permissions(Permissions::from_mode(0o440))?;
+                image.set_permissions(Permissions::from_mode(IMAGE_MODE))?;
             }
             None => {
                 let written = self.write_pages(&mut pages_file);
@@ -223,6 +280,11 @@ impl MemoryDraft {
             },
         }
     }
+}
+
+/// A file for the pages for which there is no room in memory.
+fn spill(dir: &Path) -> io::Result<File> {
+    fs::OpenOptions::new().read(true).write(true).create_new(true).open(dir.join(SPILL))
 }
 
 fn distrust_if_damaged(foundation: &mut Foundation, error: &io::Error) {

@@ -48,10 +48,12 @@ impl World {
 
     /// As far as the pages are taken.
     fn take(&self, name: &str) -> Draft {
-        let memory = Some(&self.vm.memory);
-        let mut draft = Draft::begin(&self.place(name), &self.home, memory, None).unwrap();
-        fs::write(draft.state().unwrap(), "devices").unwrap();
-        draft.take(memory, None).unwrap();
+        let memory = Source::Process(self.vm.memory.clone());
+        let mut draft = Draft::begin(&self.place(name), &self.home, Some(&memory), None).unwrap();
+        let saving = draft.saving().unwrap().unwrap();
+        assert_eq!(saving.memory(), None);
+        fs::write(&saving.state, "devices").unwrap();
+        draft.take(Some(&memory), None).unwrap();
         draft
     }
 
@@ -190,4 +192,68 @@ async fn what_was_damaged_is_not_built_on() {
         world.vm.write(5, 1, 9);
         assert!(world.check(&format!("next-{number}")) >= 5000, "{part}");
     }
+}
+
+/// A VMM that writes its memory itself, and tells each change once.
+struct Teller {
+    memory: Vec<u8>,
+    changed: Vec<usize>,
+}
+
+impl Teller {
+    fn write(&mut self, page: usize, byte: u8) {
+        self.memory[page * PAGE as usize..][..PAGE as usize].fill(byte);
+        self.changed.push(page);
+    }
+
+    fn save(&mut self, bed: &World, name: &str, wanted: Extent) -> Draft {
+        let source = Source::Vmm { bytes: self.memory.len() as u64 };
+        let mut draft = Draft::begin(&bed.place(name), &bed.home, Some(&source), None).unwrap();
+        let saving = draft.saving().unwrap().unwrap();
+        fs::write(&saving.state, "devices").unwrap();
+        let SavedMemory { file, extent } = saving.memory().unwrap();
+        assert_eq!(extent, wanted, "{name}");
+        let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), self.memory.len() as u64, "{name}");
+        let pages = match extent {
+            Extent::All => (0..MEMORY_PAGES as usize).collect(),
+            Extent::Changed => std::mem::take(&mut self.changed),
+        };
+        for page in pages {
+            let at = page * PAGE as usize;
+            file.write_all_at(&self.memory[at..][..PAGE as usize], at as u64).unwrap();
+        }
+        self.changed.clear();
+        draft.take(Some(&source), None).unwrap();
+        draft
+    }
+
+    /// Saves one that is kept, and sees that it is whole. Pages that count as changed.
+    fn check(&mut self, bed: &World, name: &str, wanted: Extent) -> u64 {
+        let draft = self.save(bed, name, wanted);
+        let manifest = bed.publish(draft, false);
+        let place = bed.place(name);
+        place.verify_all().unwrap();
+        assert!(fs::read(place.memory()).unwrap() == self.memory, "{name}");
+        assert_eq!(manifest.pages_bytes(), 0, "all of it is in the image");
+        manifest.memory_changed_bytes() / PAGE
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_writes_what_has_changed_over_the_snapshot_before() {
+    let bed = World::new();
+    let mut vmm = Teller { memory: fs::read(bed.home.base()).unwrap(), changed: Vec::new() };
+    vmm.write(3, 9);
+    assert_eq!(vmm.check(&bed, "first", Extent::Changed), 1);
+    vmm.write(3, 8);
+    vmm.write(4000, 7);
+    assert_eq!(vmm.check(&bed, "second", Extent::Changed), 2);
+    // What it has told for nothing it does not tell again.
+    vmm.write(5, 5);
+    drop(vmm.save(&bed, "lost", Extent::Changed));
+    vmm.write(6, 6);
+    assert!(vmm.check(&bed, "whole", Extent::All) > 2);
+    vmm.write(7, 7);
+    assert_eq!(vmm.check(&bed, "over", Extent::Changed), 1);
 }
