@@ -38,8 +38,12 @@ pub async fn choose(choice: AcceleratorChoice, kernel: Option<&Path>) -> io::Res
     }
 }
 
-/// Whether a guest makes progress under KVM: the device alone does not tell.
-async fn probe(kernel: Option<&Path>) -> Result<(), String> {
+/// Whether a guest makes progress under KVM: the device alone does not tell. Takes some seconds at most.
+///
+/// # Errors
+///
+/// Why it is not known to.
+pub async fn probe(kernel: Option<&Path>) -> Result<(), String> {
     if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Err(format!("/dev/kvm cannot be opened: {error}"));
     }

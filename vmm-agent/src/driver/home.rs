@@ -6,6 +6,7 @@
 use std::{
     fs::{DirBuilder, File, Permissions},
     io,
+    ops::RangeInclusive,
     os::{
         fd::AsRawFd as _,
         unix::{
@@ -28,6 +29,11 @@ const FIRST_UID: u32 = 1_879_048_193;
 const UID_BITS: u32 = 28;
 /// Group of all VMs: it may read golden snapshots.
 pub const SNAPSHOT_GID: u32 = FIRST_UID - 1;
+
+/// The user IDs that VMs run as, with the group IDs of the same numbers.
+pub const fn uids() -> RangeInclusive<u32> {
+    SNAPSHOT_GID..=FIRST_UID + (1 << UID_BITS) - 2
+}
 
 /// The control socket's name.
 pub const CONTROL: &str = "control.sock";
