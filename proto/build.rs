@@ -7,6 +7,7 @@ use prost::Message as _;
 const FILES: &[&str] = &[
     "oc/v1/agent_session.proto",
     "oc/v1/checkpoint.proto",
+    "oc/v1/doctor.proto",
     "oc/v1/exec.proto",
     "oc/v1/files.proto",
     "oc/v1/key.proto",

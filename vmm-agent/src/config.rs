@@ -85,11 +85,11 @@ pub struct Args {
     /// What runs the VMs.
     #[arg(long, env = "OC_VMM", value_enum, default_value_t = VmmChoice::Auto)]
     pub vmm: VmmChoice,
-    /// Firecracker's program, of a release from 1.12.1 on and before 1.16.
-    #[arg(long, env = "OC_FIRECRACKER", default_value = "/usr/local/bin/firecracker", value_name = "PATH")]
+    /// Firecracker, of a release from 1.12.1 on and before 1.16: a path, or a name that is looked for as programs are.
+    #[arg(long, env = "OC_FIRECRACKER", default_value = "firecracker", value_name = "PATH")]
     pub firecracker: PathBuf,
     /// The jailer of the same release.
-    #[arg(long, env = "OC_JAILER", default_value = "/usr/local/bin/jailer", value_name = "PATH")]
+    #[arg(long, env = "OC_JAILER", default_value = "jailer", value_name = "PATH")]
     pub jailer: PathBuf,
     /// One of Firecracker's CPU templates, such as `T2CL`, which makes hosts with different CPUs alike to their guests.
     #[arg(long, env = "OC_CPU_TEMPLATE", value_name = "NAME")]
@@ -345,8 +345,8 @@ impl Config {
             memory_capacity_mb: total_mb.saturating_mul(u64::from(args.memory_overcommit.max(1))),
             vmm: args.vmm,
             firecracker: firecracker::Settings {
-                firecracker: absolute("--firecracker", &args.firecracker)?,
-                jailer: absolute("--jailer", &args.jailer)?,
+                firecracker: program("--firecracker", &args.firecracker)?,
+                jailer: program("--jailer", &args.jailer)?,
                 cpu_template: args.cpu_template.map(checked_cpu_template).transpose()?,
                 disk_mib: args.disk_mib,
                 disk_iops: args.disk_iops,
@@ -395,6 +395,17 @@ fn checked_cpu_template(name: String) -> Result<String, ConfigError> {
         true => Ok(name),
         false => Err(invalid("--cpu-template", format!("want one of {}", CPU_TEMPLATES.join(", ")))),
     }
+}
+
+/// A program's path, from the root: it is started with no environment. A name that is not found stays as it is, for whoever
+/// needs it to miss it.
+fn program(option: &'static str, named: &Path) -> Result<PathBuf, ConfigError> {
+    if named.components().count() > 1 {
+        return absolute(option, named);
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&path).map(|dir| dir.join(named)).find(|program| program.is_file());
+    Ok(found.unwrap_or_else(|| named.to_owned()))
 }
 
 /// What says that there is to be no object store.

@@ -33,8 +33,8 @@ use tracing::{info, warn};
 
 use crate::driver::durable;
 
-/// What is in there may be neither a device nor run as another user.
-const MOUNT_OPTIONS: &str = "nodev,nosuid,noatime";
+/// What is in there runs as nobody else. Devices are in jails (`crate::driver::firecracker`), which nobody but root makes.
+const MOUNT_OPTIONS: &str = "nosuid,noatime";
 /// A process that was ended may hold a file for a moment.
 const UNMOUNTED_WITHIN: Duration = Duration::from_secs(15);
 const LOOKS_EVERY: Duration = Duration::from_millis(50);

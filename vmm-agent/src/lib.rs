@@ -10,6 +10,7 @@
 //! - [`network`]: a namespace for each VM, and what it may reach from there.
 //! - [`cleanup`], [`lock`], [`data_image`]: leaving nothing behind; one agent per data directory, which may be on a filesystem
 //!   of its own.
+//! - [`doctor`]: what this machine lacks, before an agent is started on it.
 //! - [`capacity`], [`telemetry`], [`identity`]: what the host has, what is counted, what things are called.
 //! - [`fail`]: where a test has it die.
 
@@ -20,6 +21,7 @@ pub mod cleanup;
 pub mod config;
 pub mod data_image;
 pub mod data_plane;
+pub mod doctor;
 pub mod driver;
 pub mod fail;
 pub mod host;

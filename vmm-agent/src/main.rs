@@ -1,21 +1,33 @@
 //! The `oc-vmm-agent` binary.
 
-use std::sync::Arc;
+use std::{
+    io::{self, Write as _},
+    sync::Arc,
+};
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{CommandFactory as _, FromArgMatches as _};
 use oc_mesh::{fail::arm, limits, shutdown, telemetry};
 use oc_vmm_agent::{
     app, cleanup,
     config::{self, Args, Config},
     data_image,
+    doctor::{self, host::Host, subject::Subject},
     driver::Driver,
     fail,
 };
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+    let (mut program, doctor) = (Args::command(), Subject::command().name(doctor::COMMAND));
+    program = program.subcommand(doctor).subcommand_negates_reqs(true).args_conflicts_with_subcommands(true);
+    let matches = program.get_matches();
+    if let Some((_, asked)) = matches.subcommand() {
+        let subject = Subject::from_arg_matches(asked).unwrap_or_else(|error| error.exit());
+        let report = doctor::examine(&Host::here(), &subject).await;
+        return Ok(writeln!(io::stdout(), "{}", doctor::to_json(&report))?);
+    }
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     telemetry::init("oc-vmm-agent");
     if args.cleanup {
         let host_id = config::checked_host_id(&args.host_id)?;

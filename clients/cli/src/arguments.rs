@@ -3,6 +3,7 @@
 pub mod agents;
 pub mod checkpoints;
 pub mod exec;
+pub mod nodes;
 pub mod previews;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -14,6 +15,7 @@ use crate::{
         agents::AgentCommand,
         checkpoints::{CheckpointCommand, ForkArguments},
         exec::{ExecArguments, ShellArguments},
+        nodes::NodeCommand,
         previews::PreviewCommand,
     },
     commands::port_forward::Forward,
@@ -112,6 +114,9 @@ pub enum Command {
     Keys(KeysCommand),
     /// List the hosts (needs an administrator's key)
     Nodes,
+    /// Look at a machine that is to run sandboxes
+    #[command(subcommand)]
+    Node(NodeCommand),
     /// Print the version
     Version,
     /// Print a completion script for a shell

@@ -5,6 +5,7 @@ pub mod checkpoints;
 pub mod configure;
 pub mod copy;
 pub mod directory_watch;
+pub mod doctor;
 pub mod exec;
 pub mod files;
 pub mod forks;
@@ -24,7 +25,7 @@ use clap::CommandFactory as _;
 use serde_json::json;
 
 use crate::{
-    arguments::{Cli, Command, Global, SandboxCommand},
+    arguments::{Cli, Command, Global, SandboxCommand, nodes::NodeCommand},
     config::{self, Settings, Sources},
     connection::Connection,
     failure::Failure,
@@ -59,6 +60,9 @@ pub async fn run(cli: Cli, output: Output) -> Result<u8, Failure> {
         Command::Files(command) => files::run(&global, command, output).await?,
         Command::Keys(command) => keys::run(&connect(&global).await?, command, output).await?,
         Command::Nodes => nodes::list(&connect(&global).await?, output).await?,
+        Command::Node(NodeCommand::Doctor(arguments)) => {
+            return doctor::run(&global, &arguments, output).await;
+        }
         Command::Version => {
             let version = env!("CARGO_PKG_VERSION");
             output.show(|| json!({ "version": version }), || format!("oc {version}"))?;

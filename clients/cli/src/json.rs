@@ -6,8 +6,8 @@ use std::sync::LazyLock;
 use oc_proto::DESCRIPTORS;
 use prost::Message;
 use prost_reflect::{
-    DescriptorPool, DynamicMessage, ExtensionDescriptor, FieldDescriptor, Kind, ReflectMessage as _,
-    SerializeOptions, Value,
+    DescriptorPool, DeserializeOptions, DynamicMessage, ExtensionDescriptor, FieldDescriptor, Kind,
+    ReflectMessage as _, SerializeOptions, Value,
 };
 use serde_json::{Map, Value as Json};
 
@@ -45,6 +45,7 @@ shown!(
     ForkSandboxResponse,
     GetExecResultResponse,
     HibernateSandboxResponse,
+    HostReport,
     Key,
     Node,
     Preview,
@@ -67,6 +68,21 @@ pub fn of<M: Shown>(message: &M) -> Json {
 /// Several messages as a JSON array.
 pub fn list<M: Shown>(messages: &[M]) -> Json {
     messages.iter().map(of).collect()
+}
+
+/// Reads a message that a part of the mesh has printed as proto3 JSON. Fields that it does not have yet are left out.
+///
+/// # Errors
+///
+/// If it is no JSON, or none of such a message.
+#[expect(clippy::expect_used, reason = "both sides are compiled from the same descriptors")]
+pub fn read<M: Shown + Default>(text: &[u8]) -> Result<M, serde_json::Error> {
+    let descriptor = POOL.get_message_by_name(M::NAME).expect("a message of the contract");
+    let options = DeserializeOptions::new().deny_unknown_fields(false);
+    let mut reader = serde_json::Deserializer::from_slice(text);
+    let message = DynamicMessage::deserialize_with_options(descriptor, &mut reader, &options)?;
+    reader.end()?;
+    Ok(M::decode(message.encode_to_vec().as_slice()).expect("the descriptor describes the message"))
 }
 
 #[expect(clippy::expect_used, reason = "messages of the contract hold no value without a JSON form")]

@@ -55,8 +55,12 @@ pub fn virtualises(kernel: Option<&Path>) -> Result<&Path, String> {
     kernel.ok_or_else(|| "no template brings a kernel to try it with".into())
 }
 
-/// Whether a guest makes progress under QEMU with KVM: the device alone does not tell.
-async fn probe(kernel: Option<&Path>) -> Result<(), String> {
+/// Whether a guest makes progress under QEMU with KVM: the device alone does not tell. Takes some seconds at most.
+///
+/// # Errors
+///
+/// Why it is not known to.
+pub async fn probe(kernel: Option<&Path>) -> Result<(), String> {
     let kernel = virtualises(kernel)?;
     let output = Command::new(PROGRAM)
         .args(["-machine", "microvm,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-kernel"])

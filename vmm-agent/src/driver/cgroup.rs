@@ -15,7 +15,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{Instant, sleep};
 
 const ROOT: &str = "/sys/fs/cgroup";
-const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
+/// What a VM is bounded by.
+pub const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
 /// Beside other users of control groups.
 const PARENT: &str = "opencomputer";
 /// Scheduling period, microseconds: the kernel's default (Documentation/scheduler/sched-bwc.rst).

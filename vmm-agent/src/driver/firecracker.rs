@@ -11,7 +11,7 @@ mod machine;
 mod metrics;
 pub mod probe;
 mod spawn;
-mod version;
+pub mod version;
 
 use std::{
     fs::OpenOptions,

@@ -6,6 +6,7 @@
 use std::{
     fs::{DirBuilder, File, Permissions},
     io,
+    ops::RangeInclusive,
     os::{
         fd::AsRawFd as _,
         unix::{
@@ -32,6 +33,11 @@ pub const SNAPSHOT_GID: u32 = FIRST_UID - 1;
 /// Mode of what many VMs map: each VM's user reads it who comes to it. Their directories let nobody else pass, and a jailed VM
 /// has no group but its own.
 pub const IMAGE_MODE: u32 = 0o444;
+
+/// The user IDs that VMs run as, with the group IDs of the same numbers.
+pub const fn uids() -> RangeInclusive<u32> {
+    SNAPSHOT_GID..=FIRST_UID + (1 << UID_BITS) - 2
+}
 
 /// The control socket's name.
 pub const CONTROL: &str = "control.sock";

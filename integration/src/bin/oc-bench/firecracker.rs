@@ -18,6 +18,7 @@ use oc_integration::{
 };
 use oc_vmm_agent::driver::vmm::Extent;
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
 use crate::table::{Table, Target, median, ms_since};
 
@@ -35,11 +36,11 @@ pub async fn measure(table: &mut Table) -> anyhow::Result<()> {
     let golden = origin.place("golden");
     golden.save(vm.machine.as_ref(), Extent::Changed).await?;
     origin.end_but_keep(&vm).await;
-    let bare = Bare::new()?;
+    let bare = Bare::new().await?;
 
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        theirs.push(bare.restore()?);
+        theirs.push(bare.restore().await?);
         let begun = Instant::now();
         let home = bed.vm("vm-clone");
         let clone = home.wait_for(&golden).await;
@@ -89,11 +90,11 @@ struct Bare {
 
 impl Bare {
     /// With a state to be restored.
-    fn new() -> anyhow::Result<Self> {
+    async fn new() -> anyhow::Result<Self> {
         let this = Self { dir: tempfile::TempDir::new_in("/var/tmp")?, program: settings().firecracker };
         let images = Path::new(prepared::IMAGES).join("base");
         fs::File::create(this.path("layer"))?.set_len(64 << 20)?;
-        let mut child = this.start()?;
+        let mut child = this.start().await?;
         let drive = |id: &str, path: &Path, is_read_only: bool| json!({ "drive_id": id, "is_root_device": false, "is_read_only": is_read_only, "path_on_host": path });
         let calls = [
             (
@@ -129,10 +130,10 @@ impl Bare {
     }
 
     /// Restores it, and ends it. Milliseconds from the start until its state is loaded.
-    fn restore(&self) -> anyhow::Result<f64> {
+    async fn restore(&self) -> anyhow::Result<f64> {
         fs::remove_file(self.path("guest.sock"))?;
         let begun = Instant::now();
-        let mut child = self.start()?;
+        let mut child = self.start().await?;
         let from = json!({
             "snapshot_path": self.path("state"),
             "mem_backend": { "backend_type": "File", "backend_path": self.path("memory") },
@@ -145,7 +146,7 @@ impl Bare {
         Ok(took)
     }
 
-    fn start(&self) -> anyhow::Result<Child> {
+    async fn start(&self) -> anyhow::Result<Child> {
         let socket = self.path("api.sock");
         if socket.exists() {
             fs::remove_file(&socket)?;
@@ -160,7 +161,7 @@ impl Bare {
         let begun = Instant::now();
         while UnixStream::connect(&socket).is_err() {
             ensure!(begun.elapsed() < STARTS_WITHIN, "Firecracker does not listen");
-            std::thread::sleep(Duration::from_micros(500));
+            sleep(Duration::from_millis(1)).await;
         }
         Ok(child)
     }

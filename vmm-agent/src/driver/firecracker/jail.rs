@@ -165,7 +165,7 @@ mod tests {
         jail.open_metrics().unwrap();
         let refused = |jail: Jail| async move {
             let error = jail.connect(API).await.unwrap_err();
-            error.raw_os_error().ok_or(error.kind())
+            error.raw_os_error().ok_or_else(|| error.kind())
         };
         assert_eq!(refused(jail.clone()).await, Ok(libc::ENOENT));
         let elsewhere = dir.path().join("elsewhere.sock");

@@ -5,28 +5,24 @@ use std::{fmt, path::Path, process::Stdio, str::FromStr, time::Duration};
 use tokio::{process::Command, time::timeout};
 
 /// The oldest that is supported: with network overrides, and ACPI tables that a kernel finds its devices in.
-pub const OLDEST: Version = Version { major: 1, minor: 12, patch: 1 };
+pub const OLDEST: Version = Version(1, 12, 1);
 /// The first that is not: 1.16.0 and 1.16.1 let every connection of the host to a guest hang that was paused and went on
 /// (firecracker-microvm/firecracker, issue 6074), and 1.16.0 silences the guest's after a restore (5958). What comes after is not
 /// tried yet.
-pub const FIRST_NOT: Version = Version { major: 1, minor: 16, patch: 0 };
+pub const FIRST_NOT: Version = Version(1, 16, 0);
 /// Before it, changed memory of a guest with more than one region is written to wrong places: of one that is larger than
-/// [`REGION_MB`] (CHANGELOG.md, 1.15.0).
-const WRITES_CHANGES_OF_ALL: Version = Version { major: 1, minor: 15, patch: 0 };
+/// 3 GiB. A port of the vsock may be given twice after a restore as well (CHANGELOG.md, 1.15.0).
+pub const GOOD: Version = Version(1, 15, 0);
 /// The first that calls it `track_dirty_pages` when a snapshot is loaded (CHANGELOG.md, 1.13.0).
-const TRACKS_BY_ITS_NAME: Version = Version { major: 1, minor: 13, patch: 0 };
+const TRACKS_BY_ITS_NAME: Version = Version(1, 13, 0);
 /// Memory below the gap for devices, MiB (`MMIO_MEM_START` in src/vmm/src/arch/x86_64/layout.rs).
 const REGION_MB: u32 = 3072;
 /// How long a program may take to print its version.
 const PRINTS_WITHIN: Duration = Duration::from_secs(20);
 
-/// A version.
+/// A version of Firecracker, or its jailer: major, minor, patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    major: u32,
-    minor: u32,
-    patch: u32,
-}
+pub struct Version(pub u32, pub u32, pub u32);
 
 impl Version {
     /// Sees that it is one of those that are supported.
@@ -45,7 +41,7 @@ impl Version {
 
     /// Whether what a guest of so much memory has changed is written to the right places.
     pub fn writes_changes_of(self, memory_mb: u32) -> bool {
-        self >= WRITES_CHANGES_OF_ALL || memory_mb <= REGION_MB
+        self >= GOOD || memory_mb <= REGION_MB
     }
 
     /// What it calls the field of `PUT /snapshot/load` that lets it remember which pages are written.
@@ -56,7 +52,7 @@ impl Version {
 
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+        write!(f, "{}.{}.{}", self.0, self.1, self.2)
     }
 }
 
@@ -70,7 +66,7 @@ impl FromStr for Version {
             // A build of something in between has more to say after a hyphen, and is not that version.
             let numbers: Vec<u32> = version.split('.').map(str::parse).collect::<Result<_, _>>().ok()?;
             let [major, minor, patch] = numbers[..] else { return None };
-            Some(Self { major, minor, patch })
+            Some(Self(major, minor, patch))
         };
         parse().ok_or_else(|| format!("{text:?} is no version of a release"))
     }
