@@ -28,8 +28,8 @@ use crate::{
     cors::{self, AllowedOrigins},
     exchange::{Ending, Exchange},
     grpc::{self, local::Local},
-    listener::leftover,
-    preview::{self, Previews},
+    listener::{head::Refused, leftover},
+    preview::{self, Peer, Previews},
     rest::{self, Rest, answer},
     sandboxes::Sandboxes,
     surface::Surface,
@@ -201,6 +201,21 @@ impl App {
             cors::allow(response, origin)
         };
         ending.follow(response, Some(permit))
+    }
+
+    /// Answers what is no request.
+    pub fn refuse(&self, refused: &Refused, peer: Peer) -> Response<Body> {
+        let Refused { problem, request } = refused;
+        let exchange = Exchange::begin(request.method(), request.headers());
+        let ending = Ending::of(Arc::clone(&exchange));
+        tracing::info!(%problem, peer = %peer.address, request_id = exchange.request_id, "what came is no request");
+        let error = status(problem.reason(), problem.to_string());
+        let response = if self.previews.hosts.place(request).is_some() {
+            preview::proxy::refuse(&exchange, &error, request.headers())
+        } else {
+            cors::allow(answer::error(&error), cors::origin(request))
+        };
+        ending.follow(response, None)
     }
 
     /// What is passed on about a caller.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{Method, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts};
 use http_body::Body as _;
 use hyper::{body::Incoming, client::conn::TrySendError};
 use oc_mesh::error::{Reason, reason_of, status};
@@ -50,6 +50,12 @@ pub async fn serve(
         Ok(response) => response,
         Err(error) => page::answer(&presentable(error), html, &exchange.request_id),
     }
+}
+
+/// Answers a request to a preview that cannot be passed on, whatever it is for.
+pub fn refuse(exchange: &Exchange, error: &Status, headers: &HeaderMap) -> Response<Body> {
+    exchange.set_route(ROUTE);
+    page::answer(error, page::wants_html(headers), &exchange.request_id)
 }
 
 /// A port that a request may be passed on to.
@@ -190,6 +196,9 @@ impl<'a> To<'a> {
     ) -> Result<Request<Upload>, Status> {
         let unsent = error.take_message().filter(|_| is_kept);
         let error = error.into_error();
+        if error.is_user() {
+            return Err(status(Reason::InvalidArgument, "the request's body broke off, or is malformed"));
+        }
         // What does not speak HTTP does not speak it on a new connection either.
         let broke = !error.is_parse();
         match unsent.or_else(|| again.filter(|_| broke)) {

@@ -21,6 +21,7 @@ mod grpc;
 mod limits;
 mod previews;
 mod process;
+mod refused;
 mod rest;
 mod streams;
 mod tls;
