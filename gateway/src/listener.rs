@@ -159,7 +159,7 @@ impl Connection {
         if let Err(error) = set_options(&stream) {
             tracing::debug!(%error, "a connection's options could not be set");
         }
-        let peer = Peer { address: peer.ip().to_canonical(), is_tls: self.tls.is_some() };
+        let peer = self.app.peer(peer.ip(), self.tls.is_some());
         let within = self.limits.header_timeout;
         if let Some(acceptor) = self.tls.clone() {
             let accepted = tokio::select! {

@@ -67,6 +67,8 @@ pub struct Peer {
     pub address: IpAddr,
     /// Whether it came by TLS.
     pub is_tls: bool,
+    /// Whether it is a proxy of ours, that says whom it asks for.
+    pub is_trusted: bool,
 }
 
 /// The previews of all sandboxes.

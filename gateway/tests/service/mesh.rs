@@ -154,6 +154,7 @@ impl Mesh {
             preview_domain: preview::DEFAULT_DOMAIN.into(),
             previews: preview::Limits::default(),
             allowed_origins: vec!["*".into()],
+            trusted_proxies: vec![],
         };
         change(&mut settings);
         let app = App::new(store.clone(), settings, Arc::new(SystemClock), stop.clone(), stop.clone())

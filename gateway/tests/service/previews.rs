@@ -89,6 +89,8 @@ async fn a_port_is_reached_by_both_versions_and_learns_who_asks() {
     let name = host(SANDBOX, server.port);
     let headers = [
         ("x-forwarded-for", "10.0.0.1"),
+        ("x-forwarded-proto", "https"),
+        ("forwarded", "for=10.0.0.1"),
         ("connection", "x-hop"),
         ("x-hop", "1"),
         ("te", "trailers"),
@@ -104,7 +106,7 @@ async fn a_port_is_reached_by_both_versions_and_learns_who_asks() {
     assert_eq!((&told["method"], &told["target"]), (&"GET".into(), &"/echo?a=%20b".into()));
     let seen = &told["headers"];
     assert_eq!(seen["host"], name);
-    assert_eq!(seen["x-forwarded-host"], name);
+    assert_eq!((&seen["x-forwarded-host"], &seen["x-forwarded-port"]), (&name.clone().into(), &"80".into()));
     assert_eq!((&seen["x-forwarded-for"], &seen["x-forwarded-proto"]), (&"127.0.0.1".into(), &"http".into()));
     assert_eq!((&seen["authorization"], &seen["cookie"]), (&"Basic eDp5".into(), &"a=b".into()));
     for gone in ["forwarded", "x-hop", "te", "connection", "transfer-encoding"] {
@@ -118,6 +120,34 @@ async fn a_port_is_reached_by_both_versions_and_learns_who_asks() {
     let calls = mesh.agent.0.calls.lock();
     assert!(calls.iter().all(|(rpc, sandbox, caller)| (*rpc, sandbox.as_str(), caller.tenant.as_str())
         == ("ForwardPort", SANDBOX, "ours")));
+}
+
+#[tokio::test]
+async fn a_proxy_of_ours_says_whom_it_asks_for() {
+    let trust = |network: &str| {
+        let network = network.parse().unwrap();
+        Mesh::with(Limits::default(), move |settings| settings.trusted_proxies = vec![network])
+    };
+    let server = Server::start().await;
+    let name = host(SANDBOX, server.port);
+    let said = [
+        ("x-forwarded-for", "192.0.2.1, 10.0.0.1"),
+        ("x-forwarded-proto", "https"),
+        ("x-forwarded-host", "app.example"),
+        ("x-forwarded-port", "8443"),
+        ("forwarded", "for=192.0.2.1"),
+    ];
+    for (network, told) in [
+        ("127.0.0.0/8", ["192.0.2.1, 10.0.0.1, 127.0.0.1", "https", "app.example", "8443"]),
+        ("10.0.0.0/8", ["127.0.0.1", "http", &name, "80"]),
+    ] {
+        let mesh = trust(network).await;
+        let seen = get(&mesh, &name, "/echo", &said).await.json()["headers"].clone();
+        let seen_ways =
+            ["for", "proto", "host", "port"].map(|what| seen[format!("x-forwarded-{what}")].clone());
+        assert_eq!(seen_ways, told);
+        assert!(seen.get("forwarded").is_none() && seen["host"] == name, "{seen}");
+    }
 }
 
 #[tokio::test]
