@@ -46,19 +46,6 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Whether a request asks to become a WebSocket.
-#[must_use]
-pub fn asks_for_websocket(headers: &HeaderMap) -> bool {
-    tokens(headers, &UPGRADE).any(|token| token.eq_ignore_ascii_case("websocket"))
-        && tokens(headers, &CONNECTION).any(|token| token.eq_ignore_ascii_case("upgrade"))
-}
-
-/// Has a request ask to become a WebSocket, or an answer say that it has.
-pub fn ask_for_websocket(headers: &mut HeaderMap) {
-    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-}
-
 /// A request's headers as the port gets them. `authority` is the host that it named.
 pub fn to_port(
     headers: &mut HeaderMap,

@@ -7,6 +7,7 @@ mod agent;
 mod agent_sessions;
 mod checkpoints;
 mod client;
+mod http2;
 mod mesh;
 mod ports;
 mod scheduler;

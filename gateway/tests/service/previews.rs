@@ -23,6 +23,7 @@ use tonic::body::Body;
 
 use crate::{
     client::{Answer, client, collect},
+    http2::Http2,
     mesh::{CREATING, DELETED, FAILED, FOREIGN, HIBERNATED, Mesh, SANDBOX, put, sandbox_record},
     ports::{Server, says},
 };
@@ -206,6 +207,48 @@ async fn websockets_pass_and_hold_a_place_until_they_end() {
         assert_eq!(socket.next().await.unwrap().unwrap(), message);
     }
     // The gateway ends them when it goes down.
+    mesh.stop.cancel();
+    assert!(!matches!(tokio::time::timeout(PATIENCE, socket.next()).await.unwrap(), Some(Ok(_))));
+}
+
+#[tokio::test]
+async fn websockets_pass_by_http2() {
+    let (mesh, server) = (Mesh::start().await, Server::start().await);
+    let url = |port: u16, path: &str| format!("http://{}{path}", host(SANDBOX, port));
+    let mut client = Http2::over(TcpStream::connect(mesh.address).await.unwrap()).await;
+    let (mut socket, headers) = client.connect("websocket", &url(server.port, "/ws"), &[]).await.unwrap();
+    assert!(headers.contains_key("x-request-id"));
+    for between in ["sec-websocket-accept", "upgrade", "connection"] {
+        assert!(!headers.contains_key(between), "{headers:?}");
+    }
+    let (mut other, _) = client.connect("websocket", &url(server.port, "/ws"), &[]).await.unwrap();
+    for size in [0, 5, 300 << 10] {
+        for socket in [&mut socket, &mut other] {
+            let message = Message::binary(vec![3; size]);
+            socket.send(message.clone()).await.unwrap();
+            assert_eq!(socket.next().await.unwrap().unwrap(), message);
+        }
+    }
+    // One that its client closes ends, and nothing else of the connection.
+    other.close(None).await.unwrap();
+    while other.next().await.is_some() {}
+    assert_eq!(client.get(&url(server.port, "/echo")).await.status, 200);
+
+    let (forbids, _tasks) = says(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno").await;
+    let (another, _tasks) = says(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n",
+    )
+    .await;
+    let refused = client.connect("websocket", &url(forbids, "/"), &[]).await.unwrap_err();
+    assert_eq!((refused.status.as_u16(), &refused.body[..]), (403, &b"no"[..]));
+    // A success would be taken for a WebSocket.
+    for (port, path) in [(server.port, "/echo"), (another, "/")] {
+        let refused = client.connect("websocket", &url(port, path), &[]).await.unwrap_err();
+        assert_eq!(refused.error(), (502, "PORT_RESET".into()));
+    }
+    let refused = client.connect("connect-udp", &url(server.port, "/ws"), &[]).await.unwrap_err();
+    assert_eq!(refused.error(), (400, "INVALID_ARGUMENT".into()));
+
     mesh.stop.cancel();
     assert!(!matches!(tokio::time::timeout(PATIENCE, socket.next()).await.unwrap(), Some(Ok(_))));
 }
