@@ -295,7 +295,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Gate<I> {
                 Poll::Ready(Ok(())) => {}
                 Poll::Pending if this.is_amid_head() => {
                     ready!(this.wait_for_head(context));
-                    this.refuse(Refused::unread(Problem::Late));
+                    this.refuse(*Refused::unfinished(Problem::Late, &this.held));
                     continue;
                 }
                 other => return other,
@@ -305,7 +305,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Gate<I> {
                 if !this.is_amid_head() {
                     return Poll::Ready(Ok(()));
                 }
-                this.refuse(Refused::unread(Problem::Cut));
+                this.refuse(*Refused::unfinished(Problem::Cut, &this.held));
             } else if this.held.is_empty() {
                 // What is refused is judged again from where it is held.
                 let length = this.follow(come).unwrap_or(0);
@@ -443,9 +443,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_head_that_does_not_come_is_refused() {
-        for (start, ends, problem) in
-            [("GET / HTTP/1.1\r\nHo", false, Problem::Late), ("GET / HTTP/1.1\r\nHo", true, Problem::Cut)]
-        {
+        let start = "PUT /x HTTP/1.1\r\nHost: a\r\nHo";
+        for (ends, problem) in [(false, Problem::Late), (true, Problem::Cut)] {
             let (mut client, mut gate) = gate();
             client.write_all(start.as_bytes()).await.unwrap();
             assert_eq!(through(&mut gate, 100).await, "");
@@ -454,7 +453,10 @@ mod tests {
             }
             let mut come = vec![0; STAND_IN.len()];
             gate.read_exact(&mut come).await.unwrap();
-            assert_eq!(gate.ledger().refused(1).unwrap().problem, problem);
+            let ledger = gate.ledger();
+            let refused = ledger.refused(1).unwrap();
+            assert_eq!((refused.problem, refused.request.method().as_str()), (problem, "PUT"));
+            assert_eq!(refused.request.headers()["host"], "a");
         }
         // Between two requests nothing is waited for.
         let (mut client, mut gate) = gate();

@@ -81,9 +81,17 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// One of which nothing could be read, with a method that is none.
+    /// One of which only the beginning has come, and nothing more is waited for.
     #[must_use]
-    pub fn unread(problem: Problem) -> Self {
+    pub fn unfinished(problem: Problem, bytes: &[u8]) -> Box<Self> {
+        let mut storage = [EMPTY_HEADER; MAX_FIELDS];
+        let mut head = httparse::Request::new(&mut storage);
+        let _ = head.parse(bytes);
+        Self::read(problem, &head)
+    }
+
+    /// One of which nothing could be read, with a method that is none.
+    fn unread(problem: Problem) -> Self {
         let mut request = Request::new(());
         if let Ok(method) = Method::from_bytes(b"-") {
             *request.method_mut() = method;
@@ -91,7 +99,7 @@ impl Refused {
         Self { problem, request }
     }
 
-    /// One whose head was read.
+    /// One whose head was read, as far as it could be.
     fn read(problem: Problem, head: &httparse::Request<'_, '_>) -> Box<Self> {
         let mut refused = Self::unread(problem);
         let request = &mut refused.request;
@@ -142,20 +150,20 @@ pub struct Head {
 /// # Errors
 /// [`Refused`].
 pub fn read(bytes: &[u8]) -> Result<Option<Head>, Box<Refused>> {
-    let unread = |problem| Box::new(Refused::unread(problem));
     if bytes.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count() > MAX_LEAD {
-        return Err(unread(Problem::Form(httparse::Error::NewLine)));
+        return Err(Box::new(Refused::unread(Problem::Form(httparse::Error::NewLine))));
     }
     let mut storage = [EMPTY_HEADER; MAX_FIELDS];
     let mut head = httparse::Request::new(&mut storage);
-    let length = match head.parse(bytes) {
-        Ok(Status::Complete(length)) if length <= MAX_BYTES => length,
+    let judged = match head.parse(bytes) {
+        Ok(Status::Complete(length)) if length <= MAX_BYTES => judge(&head).map(|behind| (length, behind)),
         Ok(Status::Partial) if bytes.len() < MAX_BYTES => return Ok(None),
-        Ok(_) | Err(httparse::Error::TooManyHeaders) => return Err(unread(Problem::TooLarge)),
-        Err(error) => return Err(unread(Problem::Form(error))),
+        Ok(_) | Err(httparse::Error::TooManyHeaders) => Err(Problem::TooLarge),
+        Err(error) => Err(Problem::Form(error)),
     };
-    match judge(&head) {
-        Ok((body, may_switch)) => Ok(Some(Head { length, body, may_switch })),
+    match judged {
+        Ok((length, (body, may_switch))) => Ok(Some(Head { length, body, may_switch })),
+        // Of a head that is not whole the fields before what is wrong are known.
         Err(problem) => Err(Refused::read(problem, &head)),
     }
 }
@@ -269,11 +277,12 @@ mod tests {
         }
         assert_eq!(with(&format!("{chunked}\r\n{chunked}")), Problem::Encoding);
         assert_eq!(problem(&format!("POST / HTTP/1.0\r\n{chunked}\r\n\r\n")), Problem::Encoding);
-        let refused = read(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n").unwrap_err().request;
-        assert_eq!(
-            (refused.method(), refused.uri().path(), &refused.headers()["host"]),
-            (&Method::POST, "/x", &"a".parse().unwrap())
-        );
+        for wrong in ["Content-Length: x\r\n", "X : y\r\n", &"x: y\r\n".repeat(MAX_FIELDS)] {
+            let head = format!("POST /x HTTP/1.1\r\nHost: a\r\n{wrong}\r\n");
+            let refused = read(head.as_bytes()).unwrap_err().request;
+            assert_eq!((refused.method(), refused.uri().path()), (&Method::POST, "/x"), "{wrong}");
+            assert_eq!(refused.headers()["host"], "a", "{wrong}");
+        }
     }
 
     #[test]

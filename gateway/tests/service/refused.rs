@@ -114,13 +114,17 @@ async fn a_refusal_comes_in_its_turn_and_is_the_last() {
 #[tokio::test]
 async fn a_page_is_shown_to_who_reads() {
     let mesh = Mesh::start().await;
-    let fields = "Accept: text/html\r\nX-Request-ID: r-9\r\nContent-Length: x\r\n";
-    let answer =
-        raw(&mesh, format!("GET / HTTP/1.1\r\nHost: {}\r\n{fields}\r\n", preview(SANDBOX, 80))).await;
-    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("text/html"), "{answer}");
-    assert!(answer.contains("request r-9"), "{answer}");
-    let answer = raw(&mesh, format!("GET / HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n")).await;
-    assert_eq!(read(&answer), (400, "INVALID_ARGUMENT".into(), "r-9".into()));
+    for (what, wrong, status, _) in heads() {
+        let ask = |host: &str| {
+            let fields = format!("Accept: text/html\r\nX-Request-ID: r-9\r\n{wrong}");
+            raw(&mesh, format!("GET / HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n"))
+        };
+        let answer = ask(&preview(SANDBOX, 80)).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{what}: {answer}");
+        assert!(answer.contains("text/html") && answer.contains("request r-9"), "{what}: {answer}");
+        let (status_there, _, id) = read(&ask("localhost").await);
+        assert_eq!((status_there, id.as_str()), (status, "r-9"), "{what}");
+    }
 }
 
 #[tokio::test]
@@ -199,6 +203,8 @@ async fn everything_that_is_refused_is_logged_with_its_id() {
     case("authority", get(&format!("{name}:80"), &name).replace("GET", "CONNECT"), 400, "INVALID_ARGUMENT");
     case("authority, no preview", get("x:80", "localhost").replace("GET", "CONNECT"), 404, "ROUTE_NOT_FOUND");
     case("two hosts", get("/", &format!("localhost\r\nHost: {name}")), 400, "INVALID_ARGUMENT");
+    let chunked = format!("POST /echo HTTP/1.1\r\nHost: {name}\r\nTransfer-Encoding: chunked\r\n\r\n");
+    case("chunks that are none", format!("{chunked}5\r\nabcdeX"), 400, "INVALID_ARGUMENT");
     case("no port's name", get("/", "x.preview.localhost"), 404, "PREVIEW_NOT_FOUND");
     case("port 0", get("/", &preview(SANDBOX, 0)), 404, "PREVIEW_NOT_FOUND");
     case("port 65536", get("/", &preview(SANDBOX, 65_536)), 404, "PREVIEW_NOT_FOUND");
