@@ -1,12 +1,13 @@
 //! The gateway itself: what it is made of, and which part of it answers a request.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Version,
     header::{CONTENT_TYPE, RETRY_AFTER},
 };
 use hyper::body::Incoming;
+use ipnet::IpNet;
 use oc_mesh::{
     caller::Caller,
     clock::Clock,
@@ -28,8 +29,8 @@ use crate::{
     cors::{self, AllowedOrigins},
     exchange::{Ending, Exchange},
     grpc::{self, local::Local},
-    listener::leftover,
-    preview::{self, Previews},
+    listener::{head::Refused, leftover},
+    preview::{self, Peer, Previews},
     rest::{self, Rest, answer},
     sandboxes::Sandboxes,
     surface::Surface,
@@ -49,6 +50,7 @@ pub struct App {
     pub(crate) budget: Budget,
     pub(crate) websockets: WebSockets,
     pub(crate) previews: Previews,
+    trusted_proxies: Vec<IpNet>,
     origins: AllowedOrigins,
     readiness: Readiness,
     public_url: String,
@@ -70,6 +72,8 @@ pub struct Settings {
     pub previews: preview::Limits,
     /// Origins whose pages may use it; `*` among them for any.
     pub allowed_origins: Vec<String>,
+    /// Networks of proxies before it.
+    pub trusted_proxies: Vec<IpNet>,
 }
 
 /// What must be known before calls can be answered.
@@ -150,6 +154,7 @@ impl App {
             budget: Budget::default(),
             websockets: WebSockets::new(settings.websockets),
             previews,
+            trusted_proxies: settings.trusted_proxies,
             origins,
             readiness,
             public_url: settings.public_url,
@@ -203,6 +208,21 @@ impl App {
         ending.follow(response, Some(permit))
     }
 
+    /// Answers what is no request.
+    pub fn refuse(&self, refused: &Refused, peer: Peer) -> Response<Body> {
+        let Refused { problem, request } = refused;
+        let exchange = Exchange::begin(request.method(), request.headers());
+        let ending = Ending::of(Arc::clone(&exchange));
+        tracing::info!(%problem, peer = %peer.address, request_id = exchange.request_id, "what came is no request");
+        let error = status(problem.reason(), problem.to_string());
+        let response = if self.previews.hosts.place(request).is_some() {
+            preview::proxy::refuse(&exchange, &error, request.headers())
+        } else {
+            cors::allow(answer::error(&error), cors::origin(request))
+        };
+        ending.follow(response, None)
+    }
+
     /// What is passed on about a caller.
     pub(crate) fn caller(&self, identity: &Identity, exchange: &Exchange) -> Caller {
         let (admin, sandbox) = match identity {
@@ -217,6 +237,14 @@ impl App {
             preview_domain: self.previews.domain().to_owned(),
             request_id: exchange.request_id.clone(),
         }
+    }
+
+    /// Whoever connects from this address.
+    pub(crate) fn peer(&self, address: IpAddr, is_tls: bool) -> Peer {
+        // An address of IPv4 may come dressed as one of IPv6.
+        let address = address.to_canonical();
+        let is_trusted = self.trusted_proxies.iter().any(|network| network.contains(&address));
+        Peer { address, is_tls, is_trusted }
     }
 
     /// Cancelled when the gateway goes down.

@@ -1,8 +1,12 @@
 //! How the gateway is told what to do: flags, or variables of the environment.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use clap::Parser;
+use ipnet::IpNet;
 
 use crate::tls::Files;
 
@@ -50,6 +54,17 @@ pub struct Config {
     )]
     pub preview_domain: String,
 
+    /// Networks and addresses of proxies before this gateway, separated by commas. What they say in `X-Forwarded-*` goes on to ports,
+    /// with them added; what anybody else says there does not.
+    #[arg(
+        long,
+        env = "OC_TRUSTED_PROXIES",
+        value_name = "CIDRS",
+        value_delimiter = ',',
+        value_parser = network
+    )]
+    pub trusted_proxies: Vec<IpNet>,
+
     /// Connections at the same time; more wait to be accepted.
     #[arg(long, env = "OC_MAX_CONNECTIONS", value_name = "N", default_value_t = 16_384)]
     pub max_connections: usize,
@@ -93,6 +108,13 @@ fn public_url(text: &str) -> Result<String, String> {
     }
 }
 
+/// A network, or an address for a network of one.
+fn network(text: &str) -> Result<IpNet, String> {
+    text.parse::<IpNet>()
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+        .map_err(|_| "must be a network such as 10.0.0.0/8, or an address".to_owned())
+}
+
 /// A host name, in lower case.
 fn domain(text: &str) -> Result<String, String> {
     let is_label = |label: &str| {
@@ -108,6 +130,20 @@ fn domain(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn networks_are_told_by_prefix_or_as_one_address() {
+        let told = |proxies: &str| {
+            let arguments = ["oc-gateway", "--store", "file:///x", "--trusted-proxies", proxies];
+            Config::try_parse_from(arguments).ok().map(|config| config.trusted_proxies)
+        };
+        let networks =
+            ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32"].map(|network| network.parse().unwrap());
+        assert_eq!(told("10.0.0.0/8,192.0.2.1,2001:db8::/32"), Some(networks.to_vec()));
+        for wrong in ["10.0.0.0/33", "proxy.example", "10.0.0.0/8;::1"] {
+            assert_eq!(told(wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn a_public_url_is_absolute_and_loses_its_last_slash() {

@@ -1,17 +1,19 @@
 //! The listener: HTTP/1.1 and HTTP/2, with TLS or without, on one port, with limits on everything that a peer can make large
 //! or slow.
+//!
+//! In reading order: [`sniff`] tells the two versions apart; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
+//! [`head`] and [`chunks`] before hyper does; the [`leftover`] of a body that nobody wants is thrown away.
 
+pub mod chunks;
+pub mod gate;
+pub mod head;
 pub mod leftover;
 mod sniff;
 
 use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use http::Request;
-use hyper::{
-    body::Incoming,
-    rt::{Read, Write},
-    service::service_fn,
-};
+use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::graceful::{GracefulShutdown, Watcher},
@@ -19,6 +21,7 @@ use hyper_util::{
 use rustls::ServerConfig;
 use socket2::SockRef;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
@@ -26,7 +29,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use self::sniff::Protocol;
+use self::{gate::Gate, sniff::Protocol};
 use crate::{app::App, preview::Peer};
 
 /// Limits of one listener.
@@ -35,7 +38,7 @@ pub struct Limits {
     /// Connections at the same time, those that became WebSockets not counted. Beyond that, new ones wait in the kernel's
     /// queue.
     pub max_connections: usize,
-    /// How long a peer may take for a request's headers, and how long it may say nothing between two requests.
+    /// How long a peer may take for a request's headers. Between two requests of HTTP/1.1 it may say nothing for twice as long.
     pub header_timeout: Duration,
     /// How long requests may go on once the gateway is told to stop.
     pub drain: Duration,
@@ -51,12 +54,10 @@ impl Default for Limits {
     }
 }
 
-/// Headers of one request, all together.
+/// Headers of one request of HTTP/2, all together.
 const MAX_HEADER_BYTES: u32 = 64 << 10;
-/// Fields of one request's headers.
-const MAX_HEADERS: usize = 128;
-/// HTTP/1.1 reads at most this much at once. Uploads profit from more than a request's head needs.
-const HTTP1_BUFFER: usize = 256 << 10;
+/// HTTP/1.1 reads at most this much at once. Uploads profit from more than most requests' heads need.
+const HTTP1_BUFFER: usize = head::MAX_BYTES;
 /// What one HTTP/2 stream may send before it is read.
 const STREAM_WINDOW: u32 = 2 << 20;
 /// The same for all streams of a connection together.
@@ -158,7 +159,7 @@ impl Connection {
         if let Err(error) = set_options(&stream) {
             tracing::debug!(%error, "a connection's options could not be set");
         }
-        let peer = Peer { address: peer.ip().to_canonical(), is_tls: self.tls.is_some() };
+        let peer = self.app.peer(peer.ip(), self.tls.is_some());
         let within = self.limits.header_timeout;
         if let Some(acceptor) = self.tls.clone() {
             let accepted = tokio::select! {
@@ -177,34 +178,45 @@ impl Connection {
                 Some(b"h2") => Protocol::Http2,
                 _ => Protocol::Http1,
             };
-            return self.speak(TokioIo::new(stream), protocol, peer, stop).await;
+            return self.speak(stream, protocol, peer, stop).await;
         }
         let sniffed = tokio::select! {
             () = stop.cancelled() => return,
             sniffed = tokio::time::timeout(within, sniff::protocol(&stream)) => sniffed,
         };
         let Ok(Ok(protocol)) = sniffed else { return };
-        self.speak(TokioIo::new(stream), protocol, peer, stop).await;
+        self.speak(stream, protocol, peer, stop).await;
     }
 
     async fn speak<I>(self, io: I, protocol: Protocol, peer: Peer, stop: CancellationToken)
     where
-        I: Read + Write + Unpin + Send + 'static,
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let app = self.app;
-        let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(peer);
-            let app = Arc::clone(&app);
-            async move { Ok::<_, Infallible>(app.handle(request).await) }
-        });
         let outcome = match protocol {
             Protocol::Http1 => {
+                let gate = Gate::new(io, self.limits.header_timeout);
+                let ledger = gate.ledger();
+                let service = service_fn(move |mut request: Request<Incoming>| {
+                    request.extensions_mut().insert(peer);
+                    let (app, ledger) = (Arc::clone(&app), Arc::clone(&ledger));
+                    let number = ledger.begin();
+                    async move {
+                        let response = match ledger.refused(number) {
+                            Some(refused) => app.refuse(refused, peer),
+                            None => app.handle(request).await,
+                        };
+                        ledger.answered(number, &response);
+                        Ok::<_, Infallible>(response)
+                    }
+                });
                 let connection = hyper::server::conn::http1::Builder::new()
                     .timer(TokioTimer::new())
-                    .header_read_timeout(self.limits.header_timeout)
-                    .max_headers(MAX_HEADERS)
+                    // The gate has its own for heads that have begun, and can answer them.
+                    .header_read_timeout(self.limits.header_timeout * 2)
+                    .max_headers(head::MAX_FIELDS)
                     .max_buf_size(HTTP1_BUFFER)
-                    .serve_connection(io, service)
+                    .serve_connection(TokioIo::new(gate), service)
                     .with_upgrades();
                 let mut connection = pin!(connection);
                 // What the watcher does for others; it does not know of connections that may be switched over.
@@ -217,6 +229,11 @@ impl Connection {
                 }
             }
             Protocol::Http2 => {
+                let service = service_fn(move |mut request: Request<Incoming>| {
+                    request.extensions_mut().insert(peer);
+                    let app = Arc::clone(&app);
+                    async move { Ok::<_, Infallible>(app.handle(request).await) }
+                });
                 let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
                     .timer(TokioTimer::new())
                     .initial_stream_window_size(STREAM_WINDOW)
@@ -227,17 +244,14 @@ impl Connection {
                     .max_send_buf_size(SEND_BUFFER)
                     .keep_alive_interval(PING)
                     .keep_alive_timeout(PING)
-                    .serve_connection(io, service);
+                    .enable_connect_protocol()
+                    .serve_connection(TokioIo::new(io), service);
                 self.watcher.watch(connection).await
             }
         };
         match outcome {
             Ok(()) => {}
-            // Refused before it was a request; the answer is 400, 414 or 431.
-            Err(error) if error.is_parse() => {
-                tracing::info!(%error, peer = %peer.address, "what came is no request");
-            }
-            Err(error) => tracing::debug!(%error, "a connection broke"),
+            Err(error) => tracing::debug!(%error, peer = %peer.address, "a connection broke"),
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`host`] says whether a request is for a port, and refuses those that two parsers could read in two ways;
 //! [`token`] asks for what the sandbox's owner wants to see; [`proxy`] passes the request on, with its [`headers`] put right,
-//! over a [`connection`] to the port, a [`line`], that the [`pool`] has kept or that is made; WebSockets become a [`tunnel`]. What fails is
+//! over a [`connection`] to the port, a [`line`], that the [`pool`] has kept or that is made; a [`websocket`] becomes a [`tunnel`]. What fails is
 //! said in a [`page`]. Bodies are [`streamed`] both ways, each held back by its own reader.
 //!
 //! docs/previews.md describes all of it to users.
@@ -17,6 +17,7 @@ pub mod proxy;
 pub mod streamed;
 pub mod token;
 pub mod tunnel;
+pub mod websocket;
 
 use std::{net::IpAddr, time::Duration};
 
@@ -67,6 +68,8 @@ pub struct Peer {
     pub address: IpAddr,
     /// Whether it came by TLS.
     pub is_tls: bool,
+    /// Whether it is a proxy of ours, that says whom it asks for.
+    pub is_trusted: bool,
 }
 
 /// The previews of all sandboxes.

@@ -47,6 +47,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         preview_domain: config.preview_domain,
         previews: preview::Limits::default(),
         allowed_origins: config.allowed_origins,
+        trusted_proxies: config.trusted_proxies,
     };
     let app = App::new(store.clone(), settings, clock, stop.clone(), ended).await?;
     let record = GatewayRecord {

@@ -35,7 +35,7 @@ use tonic::{Status, body::Body};
 
 use self::{
     attach::Target,
-    handshake::{Framing, Refusal},
+    handshake::{Asks, Framing, Refusal},
     path::{Named, NotUtf8},
     relayed::Relayed,
     report::Report,
@@ -108,21 +108,29 @@ impl WebSockets {
     }
 }
 
+/// What a request for a WebSocket asks for.
+#[derive(Debug)]
+pub struct Asked {
+    how: Asks,
+    session: Result<Named, NotUtf8>,
+}
+
 /// The session that a request asks to be attached to; `None` if it does not ask for a WebSocket, or not where streams
 /// are: then it is REST's.
-pub fn asked<B>(request: &Request<B>) -> Option<Result<Named, NotUtf8>> {
-    if handshake::asks(request) { path::find(request.uri().path()) } else { None }
+pub fn asked<B>(request: &Request<B>) -> Option<Asked> {
+    let how = handshake::asks(request)?;
+    Some(Asked { how, session: path::find(request.uri().path())? })
 }
 
 /// Answers such a request.
 pub async fn serve(
     app: &Arc<App>,
     exchange: &Arc<Exchange>,
-    asked: Result<Named, NotUtf8>,
+    asked: Asked,
     request: Request<Body>,
 ) -> Response<Body> {
-    let accept = match handshake::accept(&request) {
-        Ok(accept) => accept,
+    let accepted = match handshake::accept(&request, asked.how) {
+        Ok(accepted) => accepted,
         Err(refusal) => {
             let mut response = answer::error(&status(Reason::InvalidArgument, refusal.to_string()));
             if refusal == Refusal::Version {
@@ -133,8 +141,8 @@ pub async fn serve(
     };
     let (framing, subprotocol) = handshake::framing(request.headers());
     // Boxed: requests that are not for a stream should not carry its weight.
-    match Box::pin(attach(app, exchange, asked, framing, request)).await {
-        Ok(()) => handshake::switch(accept, subprotocol),
+    match Box::pin(attach(app, exchange, asked.session, framing, request)).await {
+        Ok(()) => handshake::switch(accepted, subprotocol),
         Err(error) => answer::error(&presentable(error)),
     }
 }
@@ -143,11 +151,11 @@ pub async fn serve(
 async fn attach(
     app: &Arc<App>,
     exchange: &Arc<Exchange>,
-    asked: Result<Named, NotUtf8>,
+    session: Result<Named, NotUtf8>,
     framing: Framing,
     mut request: Request<Body>,
 ) -> Result<(), Status> {
-    let session = asked.map_err(|error| status(Reason::InvalidArgument, error.to_string()))?;
+    let session = session.map_err(|error| status(Reason::InvalidArgument, error.to_string()))?;
     exchange.set_route(session.route);
     let rpc =
         app.surface.find(ATTACH).ok_or_else(|| status(Reason::Internal, "the contract has no sessions"))?;

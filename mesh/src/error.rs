@@ -137,6 +137,12 @@ reasons! {
     DirectoryTooLarge = "DIRECTORY_TOO_LARGE", ResourceExhausted, 413;
     /// The request is larger than is read.
     MessageTooLarge = "MESSAGE_TOO_LARGE", ResourceExhausted, 413;
+    /// The request's head has more fields, or more bytes, than are read.
+    HeadTooLarge = "HEAD_TOO_LARGE", ResourceExhausted, 431;
+    /// The request's target is longer than is read.
+    TargetTooLong = "TARGET_TOO_LONG", InvalidArgument, 414;
+    /// The rest of the request did not come in time.
+    RequestTimeout = "REQUEST_TIMEOUT", DeadlineExceeded, 408;
     /// No host has disk space left, or the sandbox's own has none for what it writes; try again later.
     HostDiskFull = "HOST_DISK_FULL", ResourceExhausted, 503;
     /// No host has room left; try again later.

@@ -4,9 +4,10 @@
 use http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{
-        CONNECTION, CONTENT_LENGTH, EXPECT, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
-        TRAILER, TRANSFER_ENCODING, UPGRADE,
+        CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
+        TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
     },
+    uri::Authority,
 };
 
 use super::Peer;
@@ -14,6 +15,7 @@ use super::Peer;
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 const REQUEST_ID: HeaderName = HeaderName::from_static(crate::exchange::REQUEST_ID);
 
@@ -44,19 +46,6 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Whether a request asks to become a WebSocket.
-#[must_use]
-pub fn asks_for_websocket(headers: &HeaderMap) -> bool {
-    tokens(headers, &UPGRADE).any(|token| token.eq_ignore_ascii_case("websocket"))
-        && tokens(headers, &CONNECTION).any(|token| token.eq_ignore_ascii_case("upgrade"))
-}
-
-/// Has a request ask to become a WebSocket, or an answer say that it has.
-pub fn ask_for_websocket(headers: &mut HeaderMap) {
-    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-}
-
 /// A request's headers as the port gets them. `authority` is the host that it named.
 pub fn to_port(
     headers: &mut HeaderMap,
@@ -71,8 +60,9 @@ pub fn to_port(
     if !has_body {
         headers.remove(CONTENT_LENGTH);
     }
-    // Whoever is before us may have made these up.
-    for name in [FORWARDED, REAL_IP, FORWARDED_FOR, FORWARDED_PROTO, FORWARDED_HOST] {
+    join_cookies(headers);
+    let way = peer.map(|peer| Way::here(headers, authority, peer));
+    for name in [FORWARDED, REAL_IP, FORWARDED_FOR, FORWARDED_PROTO, FORWARDED_HOST, FORWARDED_PORT] {
         headers.remove(name);
     }
     let mut set = |name: HeaderName, value: &str| {
@@ -81,11 +71,57 @@ pub fn to_port(
         }
     };
     set(HOST, authority);
-    set(FORWARDED_HOST, authority);
     set(REQUEST_ID, request_id);
-    if let Some(peer) = peer {
-        set(FORWARDED_FOR, &peer.address.to_string());
-        set(FORWARDED_PROTO, if peer.is_tls { "https" } else { "http" });
+    if let Some(way) = way {
+        set(FORWARDED_FOR, &way.addresses);
+        set(FORWARDED_PROTO, &way.scheme);
+        set(FORWARDED_HOST, &way.host);
+        set(FORWARDED_PORT, &way.port);
+    }
+}
+
+/// Puts cookies that came in several fields, as HTTP/2 has them, into the one that HTTP/1.1 has (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let cookies: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if cookies.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..]))
+    {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+/// How a request came to us, as the port is told.
+struct Way {
+    addresses: String,
+    scheme: String,
+    host: String,
+    port: String,
+}
+
+impl Way {
+    /// As the last proxy of ours says that it began, with that proxy added; anybody else may have made it up.
+    fn here(headers: &HeaderMap, authority: &str, peer: Peer) -> Self {
+        let told = |name: HeaderName| {
+            let values: Vec<&str> = tokens(headers, &name).filter(|_| peer.is_trusted).collect();
+            (!values.is_empty()).then(|| values.join(", "))
+        };
+        let address = peer.address.to_string();
+        let scheme =
+            told(FORWARDED_PROTO).unwrap_or_else(|| if peer.is_tls { "https" } else { "http" }.to_owned());
+        let port = || {
+            let named = authority.parse::<Authority>().ok().and_then(|authority| authority.port_u16());
+            let usual = if scheme.starts_with("https") { 443 } else { 80 };
+            named.unwrap_or(usual).to_string()
+        };
+        Self {
+            addresses: match told(FORWARDED_FOR) {
+                Some(before) => format!("{before}, {address}"),
+                None => address,
+            },
+            host: told(FORWARDED_HOST).unwrap_or_else(|| authority.to_owned()),
+            port: told(FORWARDED_PORT).unwrap_or_else(port),
+            scheme,
+        }
     }
 }
 
@@ -130,28 +166,52 @@ mod tests {
             ("x-forwarded-for", "10.0.0.1"),
             ("forwarded", "for=10.0.0.1"),
             ("x-real-ip", "10.0.0.1"),
+            ("x-forwarded-port", "1"),
             ("expect", "100-continue"),
             ("content-length", "0"),
         ]);
-        let peer = Peer { address: "192.0.2.1".parse().unwrap(), is_tls: true };
+        let peer = Peer { address: "192.0.2.1".parse().unwrap(), is_tls: true, is_trusted: false };
         to_port(&mut given, "a.example:8443", Some(peer), "r-1", false);
         let expected = headers(&[
             ("host", "a.example:8443"),
-            ("x-forwarded-host", "a.example:8443"),
             ("x-request-id", "r-1"),
             ("x-forwarded-for", "192.0.2.1"),
             ("x-forwarded-proto", "https"),
+            ("x-forwarded-host", "a.example:8443"),
+            ("x-forwarded-port", "8443"),
         ]);
         assert_eq!(given, expected);
     }
 
     #[test]
-    fn only_websockets_are_asked_for() {
-        assert!(asks_for_websocket(&headers(&[
-            ("upgrade", "WebSocket"),
-            ("connection", "keep-alive, Upgrade")
-        ])));
-        assert!(!asks_for_websocket(&headers(&[("upgrade", "h2c"), ("connection", "upgrade")])));
-        assert!(!asks_for_websocket(&headers(&[("upgrade", "websocket")])));
+    fn cookies_become_one_field() {
+        let mut given =
+            headers(&[("cookie", "a=b"), ("cookie", "c=d; e=f"), ("accept", "x"), ("accept", "y")]);
+        to_port(&mut given, "a.example", None, "r-1", false);
+        let all =
+            |name: &str| given.get_all(name).iter().map(|value| value.to_str().unwrap()).collect::<Vec<_>>();
+        assert_eq!((all("cookie"), all("accept")), (vec!["a=b; c=d; e=f"], vec!["x", "y"]));
+    }
+
+    #[test]
+    fn a_proxy_of_ours_is_added_to_what_it_says() {
+        let peer = Peer { address: "10.0.0.2".parse().unwrap(), is_tls: false, is_trusted: true };
+        let forwarded = |pairs: &[_]| {
+            let mut given = headers(pairs);
+            to_port(&mut given, "a.example", Some(peer), "r-1", false);
+            ["for", "proto", "host", "port"]
+                .map(|what| given[&format!("x-forwarded-{what}")].to_str().unwrap().to_owned())
+        };
+        let told = forwarded(&[
+            ("x-forwarded-for", "192.0.2.1, 10.0.0.1"),
+            ("x-forwarded-for", "10.0.0.3"),
+            ("x-forwarded-proto", "https"),
+            ("x-forwarded-host", "app.example"),
+            ("x-forwarded-port", "8443"),
+            ("forwarded", "for=192.0.2.1"),
+        ]);
+        assert_eq!(told, ["192.0.2.1, 10.0.0.1, 10.0.0.3, 10.0.0.2", "https", "app.example", "8443"]);
+        assert_eq!(forwarded(&[("x-forwarded-proto", "https")]), ["10.0.0.2", "https", "a.example", "443"]);
+        assert_eq!(forwarded(&[]), ["10.0.0.2", "http", "a.example", "80"]);
     }
 }

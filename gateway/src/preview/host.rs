@@ -7,6 +7,8 @@ use http::{Method, Request, Version, header::HOST};
 use oc_mesh::view::View;
 use oc_proto::mesh::PreviewDomain;
 
+use crate::ws::handshake;
+
 /// What a request is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
@@ -81,8 +83,9 @@ impl Hosts {
             }
         } else {
             let agrees = hosts == 0 || hosts == 1 && (target.is_none() || named().next() == target);
+            let connects = request.method() == Method::CONNECT && handshake::asks(request).is_none();
             match () {
-                () if request.method() == Method::CONNECT || !path.starts_with('/') => Err(Malformed::Target),
+                () if connects || !path.starts_with('/') => Err(Malformed::Target),
                 () if !agrees => Err(Malformed::Host),
                 () => Ok(place),
             }
@@ -132,6 +135,7 @@ fn port_of(label: &str) -> Option<Place> {
 mod tests {
     use std::sync::Arc;
 
+    use hyper::ext::Protocol;
     use oc_mesh::{
         keys, record,
         store::{self, Txn},
@@ -210,6 +214,19 @@ mod tests {
         assert_eq!(hosts.place(&connect.unwrap()), Some(Err(Malformed::Target)));
         assert!(matches!(place(h2, &absolute, &[]), Some(Ok(Place::Port { .. }))));
         assert!(matches!(place(h2, &absolute, &[own]), Some(Ok(Place::Port { .. }))));
+        let connect = |protocol: Option<&'static str>| {
+            let mut connect = request(h2, &absolute, &[]);
+            *connect.method_mut() = Method::CONNECT;
+            if let Some(protocol) = protocol {
+                connect.extensions_mut().insert(Protocol::from_static(protocol));
+            }
+            hosts.place(&connect).unwrap()
+        };
+        assert!(matches!(connect(Some("websocket")), Ok(Place::Port { .. })));
+        assert_eq!(
+            (connect(None), connect(Some("connect-udp"))),
+            (Err(Malformed::Target), Err(Malformed::Target))
+        );
         assert_eq!(place(h2, &absolute, &[other]), Some(Err(Malformed::Host)));
         assert_eq!(place(h2, &format!("http://{other}/"), &[own]), Some(Err(Malformed::Host)));
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{Method, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts};
+use http::{HeaderMap, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts};
 use http_body::Body as _;
 use hyper::{body::Incoming, client::conn::TrySendError};
 use oc_mesh::error::{Reason, reason_of, status};
@@ -11,13 +11,14 @@ use tonic::{Status, body::Body};
 use super::{
     Peer,
     connection::PortStream,
-    headers::{self, ask_for_websocket, asks_for_websocket},
+    headers,
     host::{self, Malformed},
     line::Line,
     page, pool,
     streamed::{Answer, Movement, Upload},
     token,
     tunnel::Tunnel,
+    websocket::Opening,
 };
 use crate::{
     app::App,
@@ -25,6 +26,7 @@ use crate::{
     exchange::Exchange,
     failure::presentable,
     upstream::{Patience, trusted_headers},
+    ws::handshake::{self, Asks},
 };
 
 /// What names these requests in logs and metrics: their paths are their sandboxes' own.
@@ -39,17 +41,24 @@ pub async fn serve(
 ) -> Response<Body> {
     exchange.set_route(ROUTE);
     let html = page::wants_html(request.headers());
+    let asks = handshake::asks(&request);
     let passed = async {
         let place = place.map_err(|error| status(Reason::InvalidArgument, error.to_string()))?;
         let (mut parts, body) = request.into_parts();
         let to = To::find(app, exchange, place, &mut parts).await?;
-        to.pass(parts, body).await
+        to.pass(parts, body, asks).await
     };
     // Boxed: requests that are not for a port should not carry its weight.
     match Box::pin(passed).await {
         Ok(response) => response,
         Err(error) => page::answer(&presentable(error), html, &exchange.request_id),
     }
+}
+
+/// Answers a request to a preview that cannot be passed on, whatever it is for.
+pub fn refuse(exchange: &Exchange, error: &Status, headers: &HeaderMap) -> Response<Body> {
+    exchange.set_route(ROUTE);
+    page::answer(error, page::wants_html(headers), &exchange.request_id)
 }
 
 /// A port that a request may be passed on to.
@@ -89,7 +98,7 @@ impl<'a> To<'a> {
         Ok(Self { app, exchange, identity, sandbox_id, port })
     }
 
-    async fn pass(self, mut parts: Parts, body: Body) -> Result<Response<Body>, Status> {
+    async fn pass(self, mut parts: Parts, body: Body, asks: Option<Asks>) -> Result<Response<Body>, Status> {
         let limits = self.app.previews.limits;
         let patience = Patience::of(&parts.headers);
         let peer = parts.extensions.get::<Peer>().copied();
@@ -99,18 +108,10 @@ impl<'a> To<'a> {
                 parts.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned()
             }
         };
-        let is_upgrade = parts.version == Version::HTTP_11
-            && parts.method == Method::GET
-            && asks_for_websocket(&parts.headers);
         let has_body = !body.is_end_stream();
         headers::to_port(&mut parts.headers, &authority, peer, &self.exchange.request_id, has_body);
-        let room = match is_upgrade {
-            true => {
-                ask_for_websocket(&mut parts.headers);
-                Some(self.app.websockets.place()?)
-            }
-            false => None,
-        };
+        let room = asks.map(|_| self.app.websockets.place()).transpose()?;
+        let opening = asks.map(|asks| Opening::ask(asks, &mut parts));
         parts.uri = target(&parts.uri);
         parts.version = Version::HTTP_11;
         let client = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
@@ -126,20 +127,19 @@ impl<'a> To<'a> {
         let (line, mut answer) = sent.await?;
 
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-            let (Some(room), Some(client)) = (room, client) else {
+            let (Some(opening), Some(room), Some(client)) = (opening, room, client) else {
                 return Err(self.reset("switched protocols without being asked"));
             };
-            let mut response = Response::new(Body::empty());
-            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-            let mut kept = answer.headers().clone();
-            headers::remove_hop_by_hop(&mut kept);
-            ask_for_websocket(&mut kept);
-            *response.headers_mut() = kept;
+            let response = opening.opened(answer.headers()).map_err(|problem| self.reset(problem))?;
             let exchange = Arc::clone(self.exchange);
             let tunnel = Tunnel { client, line, answer, place, room, silence: limits.silence, exchange };
             let stop = self.app.draining();
             self.app.previews.tasks.spawn(tunnel.run(stop));
             return Ok(response);
+        }
+        // To the client a success would be the beginning of a WebSocket.
+        if matches!(opening, Some(Opening::Connect { .. })) && answer.status().is_success() {
+            return Err(self.reset("opened no WebSocket"));
         }
         headers::remove_hop_by_hop(answer.headers_mut());
         let (mut head, incoming) = answer.into_parts();
@@ -190,6 +190,9 @@ impl<'a> To<'a> {
     ) -> Result<Request<Upload>, Status> {
         let unsent = error.take_message().filter(|_| is_kept);
         let error = error.into_error();
+        if error.is_user() {
+            return Err(status(Reason::InvalidArgument, "the request's body broke off, or is malformed"));
+        }
         // What does not speak HTTP does not speak it on a new connection either.
         let broke = !error.is_parse();
         match unsent.or_else(|| again.filter(|_| broke)) {

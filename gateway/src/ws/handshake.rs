@@ -1,5 +1,5 @@
-//! The HTTP side of a WebSocket: whether a request asks for one, whether it does so correctly (RFC 6455, 4.2.1), which
-//! framing it wants, and the answer that switches over.
+//! The HTTP side of a WebSocket: whether a request asks for one, whether it does so correctly (RFC 6455, 4.2.1; RFC 8441 for
+//! HTTP/2), which framing it wants, and the answer that switches over.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::{
@@ -9,6 +9,7 @@ use http::{
         SEC_WEBSOCKET_VERSION, UPGRADE,
     },
 };
+use hyper::ext::Protocol;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tonic::body::Body;
 
@@ -49,24 +50,55 @@ pub enum Refusal {
     Body,
 }
 
-/// Whether a request asks for a WebSocket. On HTTP/2 there is no such request, and `Upgrade` without `Connection` is
-/// not one either (RFC 9110, 7.8).
-#[must_use]
-pub fn asks<B>(request: &Request<B>) -> bool {
-    request.version() == Version::HTTP_11
-        && request.method() == Method::GET
-        && tokens(request.headers(), UPGRADE).any(|token| token.eq_ignore_ascii_case("websocket"))
-        && tokens(request.headers(), CONNECTION).any(|token| token.eq_ignore_ascii_case("upgrade"))
+/// How a request asks for a WebSocket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asks {
+    /// To switch its connection over, in HTTP/1.1.
+    Upgrade,
+    /// To connect its stream to it, in HTTP/2 (RFC 8441).
+    Connect,
 }
 
-/// The `Sec-WebSocket-Accept` that answers a handshake.
+/// Whether a request asks for a WebSocket, and how. `Upgrade` without `Connection` does not ask (RFC 9110, 7.8), and on HTTP/2
+/// both mean nothing.
+#[must_use]
+pub fn asks<B>(request: &Request<B>) -> Option<Asks> {
+    let protocol = || request.extensions().get::<Protocol>();
+    let is_upgrade = || {
+        tokens(request.headers(), UPGRADE).any(|token| token.eq_ignore_ascii_case("websocket"))
+            && tokens(request.headers(), CONNECTION).any(|token| token.eq_ignore_ascii_case("upgrade"))
+    };
+    match (request.version(), request.method()) {
+        (Version::HTTP_11, &Method::GET) if is_upgrade() => Some(Asks::Upgrade),
+        (Version::HTTP_2, &Method::CONNECT)
+            if protocol().is_some_and(|name| name.as_str() == "websocket") =>
+        {
+            Some(Asks::Connect)
+        }
+        _ => None,
+    }
+}
+
+/// What answers a handshake that is in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Accepted {
+    /// With this `Sec-WebSocket-Accept`.
+    Upgrade(HeaderValue),
+    /// HTTP/2 has no challenge.
+    Connect,
+}
+
+/// Checks a handshake.
 ///
 /// # Errors
 /// It is none.
-pub fn accept<B: http_body::Body>(request: &Request<B>) -> Result<HeaderValue, Refusal> {
+pub fn accept<B: http_body::Body>(request: &Request<B>, asks: Asks) -> Result<Accepted, Refusal> {
     let headers = request.headers();
     if only(headers, SEC_WEBSOCKET_VERSION) != Some(&VERSION) {
         return Err(Refusal::Version);
+    }
+    if asks == Asks::Connect {
+        return Ok(Accepted::Connect);
     }
     let key = only(headers, SEC_WEBSOCKET_KEY).ok_or(Refusal::Key)?.as_bytes();
     if STANDARD.decode(key).map(|decoded| decoded.len()) != Ok(KEY_BYTES) {
@@ -75,7 +107,7 @@ pub fn accept<B: http_body::Body>(request: &Request<B>) -> Result<HeaderValue, R
     if !request.body().is_end_stream() {
         return Err(Refusal::Body);
     }
-    HeaderValue::try_from(derive_accept_key(key)).map_err(|_| Refusal::Key)
+    HeaderValue::try_from(derive_accept_key(key)).map(Accepted::Upgrade).map_err(|_| Refusal::Key)
 }
 
 /// The framing that a client wants, and the subprotocol to answer with: the first of those it offers that we speak. The
@@ -93,12 +125,16 @@ pub fn framing(headers: &HeaderMap) -> (Framing, Option<HeaderValue>) {
 
 /// The answer that switches over.
 #[must_use]
-pub fn switch(accept: HeaderValue, subprotocol: Option<HeaderValue>) -> Response<Body> {
-    let mut response = answer::empty(StatusCode::SWITCHING_PROTOCOLS);
+pub fn switch(accepted: Accepted, subprotocol: Option<HeaderValue>) -> Response<Body> {
+    let mut response = answer::empty(StatusCode::OK);
+    if let Accepted::Upgrade(accept) = accepted {
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let headers = response.headers_mut();
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, WEBSOCKET);
+        headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+    }
     let headers = response.headers_mut();
-    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-    headers.insert(UPGRADE, WEBSOCKET);
-    headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
     if let Some(subprotocol) = subprotocol {
         headers.insert(SEC_WEBSOCKET_PROTOCOL, subprotocol);
     }
@@ -156,37 +192,62 @@ mod tests {
     #[test]
     fn the_example_of_the_rfc_is_answered_as_there() {
         let request = request(&HANDSHAKE);
-        assert!(asks(&request));
-        assert_eq!(accept(&request).unwrap(), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+        assert_eq!(asks(&request), Some(Asks::Upgrade));
+        let accepted = accept(&request, Asks::Upgrade).unwrap();
+        assert_eq!(accepted, Accepted::Upgrade(HeaderValue::from_static("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")));
+        assert_eq!(switch(accepted, None).status(), StatusCode::SWITCHING_PROTOCOLS);
     }
 
     #[test]
     fn what_does_not_ask_is_no_handshake() {
         for (name, value) in [("connection", "keep-alive"), ("upgrade", "h2c")] {
-            assert!(!asks(&with(name, value)), "{name}: {value}");
+            assert_eq!(asks(&with(name, value)), None, "{name}: {value}");
         }
         let mut post = request(&HANDSHAKE);
         *post.method_mut() = Method::POST;
-        assert!(!asks(&post));
+        assert_eq!(asks(&post), None);
         let mut http2 = request(&HANDSHAKE);
         *http2.version_mut() = Version::HTTP_2;
-        assert!(!asks(&http2));
+        assert_eq!(asks(&http2), None);
+    }
+
+    #[test]
+    fn in_http2_a_stream_is_connected_without_a_challenge() {
+        let mut connect = request(&[("sec-websocket-version", "13")]);
+        *connect.version_mut() = Version::HTTP_2;
+        *connect.method_mut() = Method::CONNECT;
+        assert_eq!(asks(&connect), None);
+        connect.extensions_mut().insert(Protocol::from_static("connect-udp"));
+        assert_eq!(asks(&connect), None);
+        connect.extensions_mut().insert(Protocol::from_static("websocket"));
+        assert_eq!(asks(&connect), Some(Asks::Connect));
+        let response = switch(accept(&connect, Asks::Connect).unwrap(), Some(HeaderValue::from_static(RAW)));
+        assert_eq!((response.status(), response.headers().len()), (StatusCode::OK, 1));
+        connect.headers_mut().clear();
+        assert_eq!(accept(&connect, Asks::Connect), Err(Refusal::Version));
     }
 
     #[test]
     fn a_handshake_that_is_wrong_is_refused() {
         for version in ["12", "13, 8", ""] {
-            assert_eq!(accept(&with("sec-websocket-version", version)).unwrap_err(), Refusal::Version);
+            assert_eq!(
+                accept(&with("sec-websocket-version", version), Asks::Upgrade).unwrap_err(),
+                Refusal::Version
+            );
         }
         for key in ["", "dGhlIHNhbXBsZSBub25jZQ", "c2hvcnQ=", "not base64 at all", "AAAAAAAAAAAAAAAAAAAAAAAA"]
         {
-            assert_eq!(accept(&with("sec-websocket-key", key)).unwrap_err(), Refusal::Key, "{key}");
+            assert_eq!(
+                accept(&with("sec-websocket-key", key), Asks::Upgrade).unwrap_err(),
+                Refusal::Key,
+                "{key}"
+            );
         }
         let twice = [&HANDSHAKE[..], &HANDSHAKE[3..]].concat();
-        assert_eq!(accept(&request(&twice)).unwrap_err(), Refusal::Key);
+        assert_eq!(accept(&request(&twice), Asks::Upgrade).unwrap_err(), Refusal::Key);
         let mut body = request(&HANDSHAKE);
         *body.body_mut() = Body::new(http_body_util::Full::new(bytes::Bytes::from_static(b"x")));
-        assert_eq!(accept(&body).unwrap_err(), Refusal::Body);
+        assert_eq!(accept(&body, Asks::Upgrade).unwrap_err(), Refusal::Body);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tonic::{Status, body::Body};
 
 use crate::mesh::Mesh;
 
+#[derive(Debug)]
 pub struct Answer {
     pub status: StatusCode,
     pub headers: HeaderMap,

@@ -11,6 +11,7 @@ use tonic::body::Body;
 
 use crate::{
     client::client,
+    http2::Http2,
     mesh::{Mesh, SANDBOX},
 };
 
@@ -74,13 +75,23 @@ async fn hostile_heads_are_refused() {
         large.as_str(),
         "NONSENSE\r\n\r\n",
         "GET /healthz HTTP/9.9\r\n\r\n",
-        "POST /api/sandboxes HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
         "POST /api/sandboxes HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
     ] {
         let answer = raw(&mesh, head.as_bytes()).await;
         assert!(!answer.starts_with("HTTP/1.1 2"), "{answer}");
     }
     assert_eq!(mesh.send(Method::GET, "/healthz", &[], "").await.status, 200, "others are not disturbed");
+}
+
+#[tokio::test]
+async fn large_heads_of_http2_are_refused_alone() {
+    let mesh = Mesh::start().await;
+    let mut client = Http2::over(TcpStream::connect(mesh.address).await.unwrap()).await;
+    let url = format!("http://{}/healthz", mesh.address);
+    let large = http::Request::get(&url).header("x", "y".repeat(100 << 10)).body(Body::empty()).unwrap();
+    let answer = tokio::time::timeout(PATIENCE, client.sender.send_request(large)).await.unwrap().unwrap();
+    assert_eq!(answer.status(), 431);
+    assert_eq!(client.get(&url).await.status, 200);
 }
 
 #[tokio::test]

@@ -54,6 +54,8 @@ pub const CREATING: &str = "sb-00000000000000000005";
 pub const STRANDED: &str = "sb-00000000000000000006";
 /// `ours`, hibernated.
 pub const HIBERNATED: &str = "sb-00000000000000000007";
+/// `ours`, hibernated, and no host has room for it.
+pub const UNWAKABLE: &str = "sb-00000000000000000009";
 /// `ours`, being put back to a checkpoint.
 pub const RESTORING: &str = "sb-00000000000000000008";
 
@@ -128,6 +130,7 @@ impl Mesh {
             (CREATING, "ours", SandboxState::Creating, "host-a"),
             (STRANDED, "ours", SandboxState::Running, "host-gone"),
             (HIBERNATED, "ours", SandboxState::Hibernated, "host-a"),
+            (UNWAKABLE, "ours", SandboxState::Hibernated, "host-a"),
         ] {
             put(&store, &keys::sandbox(id), &sandbox_record(id, tenant, state, host)).await;
         }
@@ -151,6 +154,7 @@ impl Mesh {
             preview_domain: preview::DEFAULT_DOMAIN.into(),
             previews: preview::Limits::default(),
             allowed_origins: vec!["*".into()],
+            trusted_proxies: vec![],
         };
         change(&mut settings);
         let app = App::new(store.clone(), settings, Arc::new(SystemClock), stop.clone(), stop.clone())

@@ -14,6 +14,8 @@ use oc_proto::v1::{
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
+use crate::mesh::UNWAKABLE;
+
 #[derive(Debug, Clone, Default)]
 pub struct FakeScheduler(pub Arc<Mutex<Vec<(&'static str, Caller)>>>, pub crate::checkpoints::Asked);
 
@@ -91,6 +93,9 @@ impl SandboxService for FakeScheduler {
         request: Request<WakeSandboxRequest>,
     ) -> Result<Response<WakeSandboxResponse>, Status> {
         let caller = self.note("WakeSandbox", &request);
+        if request.get_ref().sandbox_id == UNWAKABLE {
+            return Err(status(Reason::NoCapacity, "no host has room"));
+        }
         Ok(Response::new(WakeSandboxResponse { sandbox: sandbox(&request.get_ref().sandbox_id, &caller) }))
     }
 

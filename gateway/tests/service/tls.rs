@@ -20,6 +20,7 @@ use tonic::body::Body;
 
 use crate::{
     client::collect,
+    http2::Http2,
     mesh::{Mesh, SANDBOX},
     ports::Server,
 };
@@ -132,6 +133,27 @@ async fn rest_grpc_previews_and_websockets_work_by_tls() {
     let (mut socket, _) = tokio_tungstenite::client_async(asked, stream).await.unwrap();
     socket.send(Message::text("hello")).await.unwrap();
     assert_eq!(socket.next().await.unwrap().unwrap(), Message::text("hello"));
+}
+
+#[tokio::test]
+async fn websockets_work_by_tls_and_http2() {
+    let (bed, server) = (Bed::new().await, Server::start().await);
+    let name = format!("{SANDBOX}-p{}.preview.localhost", server.port);
+    let mut client = Http2::over(bed.connect(&name, "h2").await).await;
+    let (mut socket, _) = client.connect("websocket", &format!("https://{name}/ws"), &[]).await.unwrap();
+    socket.send(Message::text("hello")).await.unwrap();
+    assert_eq!(socket.next().await.unwrap().unwrap(), Message::text("hello"));
+
+    // A session of ours, on the same connection.
+    bed.mesh.agent.0.sessions.start("e-1").say("hi");
+    let url = format!("https://localhost/api/sandboxes/{SANDBOX}/exec/e-1");
+    let protocols = format!("oc.raw, oc.bearer.{}", bed.mesh.key);
+    let offered = [("sec-websocket-protocol", protocols.as_str())];
+    let (mut session, answered) = client.connect("websocket", &url, &offered).await.unwrap();
+    assert_eq!(answered["sec-websocket-protocol"], "oc.raw");
+    assert_eq!(session.next().await.unwrap().unwrap(), Message::binary(&b"\x01hi"[..]));
+    let refused = client.connect("websocket", &url, &[]).await.unwrap_err();
+    assert_eq!(refused.error(), (401, "UNAUTHENTICATED".into()));
 }
 
 #[tokio::test]

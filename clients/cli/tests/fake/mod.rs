@@ -7,6 +7,7 @@ pub mod checkpoints;
 pub mod exec;
 pub mod files;
 pub mod ports;
+pub mod previews;
 pub mod sandboxes;
 pub mod sessions;
 pub mod shell;
@@ -23,7 +24,8 @@ use oc_proto::v1::{
     checkpoint_service_server::CheckpointServiceServer, exec_service_server::ExecServiceServer,
     file_service_server::FileServiceServer, file_url_service_server::FileUrlServiceServer,
     key_service_server::KeyServiceServer, node_service_server::NodeServiceServer,
-    port_service_server::PortServiceServer, sandbox_service_server::SandboxServiceServer,
+    port_service_server::PortServiceServer, preview_service_server::PreviewServiceServer,
+    sandbox_service_server::SandboxServiceServer,
 };
 use tokio::{net::TcpListener, sync::oneshot};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -66,6 +68,10 @@ pub async fn serve(listener: TcpListener, key: Option<String>, state: Arc<Mutex<
         check.clone(),
     ))
     .add_service(PortServiceServer::with_interceptor(ports::Ports(Arc::clone(&state)), check.clone()))
+    .add_service(PreviewServiceServer::with_interceptor(
+        previews::Previews(Arc::clone(&state)),
+        check.clone(),
+    ))
     .add_service(FileUrlServiceServer::with_interceptor(files::Files(Arc::clone(&state)), check.clone()))
     .add_service(FileServiceServer::with_interceptor(files::Files(state), check))
     .into_axum_router()

@@ -11,8 +11,8 @@ use oc_proto::v1::{
     DeleteSandboxRequest, DeleteSandboxResponse, ForkCheckpointRequest, ForkSandboxRequest,
     GetSandboxRequest, GetSandboxResponse, HibernateSandboxRequest, HibernateSandboxResponse,
     HibernationTier, Key, ListKeysRequest, ListKeysResponse, ListNodesRequest, ListNodesResponse,
-    ListSandboxesRequest, ListSandboxesResponse, Node, RefreshTokenRequest, RefreshTokenResponse, Sandbox,
-    SandboxState, SetTimeoutRequest, SetTimeoutResponse, StartAgentRequest, WakeSandboxRequest,
+    ListSandboxesRequest, ListSandboxesResponse, Node, Preview, RefreshTokenRequest, RefreshTokenResponse,
+    Sandbox, SandboxState, SetTimeoutRequest, SetTimeoutResponse, StartAgentRequest, WakeSandboxRequest,
     WakeSandboxResponse, WatchDirectoryRequest, WatchSandboxRequest, key_service_server::KeyService,
     node_service_server::NodeService, sandbox_service_server::SandboxService,
 };
@@ -48,6 +48,9 @@ pub struct State {
     pub agents_attached: Vec<u64>,
     /// Connections to ports, and what came from the clients that had something to say.
     pub forwarded: Vec<(u32, Vec<u8>)>,
+    pub previews: Vec<Preview>,
+    /// By sandbox, what its ports ask for.
+    pub preview_tokens: BTreeMap<String, String>,
     /// Directories that were watched.
     pub directories_watched: Vec<WatchDirectoryRequest>,
 }
