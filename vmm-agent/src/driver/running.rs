@@ -13,6 +13,7 @@ use super::{
     home::Home,
     pages::GuestMemory,
     parts::{Bootable, Parts},
+    ports::Ports,
     process::Process,
     snapshot::{Manifest, Place},
     vmm::{Graft, Launch, Machine, Memory, Start, VmmError},
@@ -41,6 +42,8 @@ pub struct Running {
     pub machine: Box<dyn Machine>,
     /// The way to its guest.
     pub link: GuestLink,
+    /// The way to its guest's ports, if it has a network.
+    pub ports: Option<Ports>,
     /// Its console; only if this agent started it.
     pub console: Option<Console>,
 }
@@ -198,7 +201,8 @@ impl Running {
             return Ok(None);
         }
         let machine = parts.vmm.attach(home).await?;
-        Ok(Some(Self { process, machine, link: GuestLink::new(home.clone()), console: None }))
+        let ports = parts.interfaces.ports(home)?;
+        Ok(Some(Self { process, machine, link: GuestLink::new(home.clone()), ports, console: None }))
     }
 
     async fn launch(
@@ -217,6 +221,7 @@ impl Running {
         on_disk(home, ready).await?;
         parts.create_group(cgroup, kind)?;
         let network = telemetry::step("network", parts.interfaces.plug(home)).await?;
+        let ports = parts.interfaces.ports(home)?;
         fail::pass(fail::START_PLUGGED, home.vm())?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;
         let launch = Launch {
@@ -232,9 +237,13 @@ impl Running {
             console: writer,
         };
         match telemetry::step("launch", parts.vmm.launch(launch)).await {
-            Ok((process, machine)) => {
-                Ok(Self { process, machine, link: GuestLink::new(home.clone()), console: Some(console) })
-            }
+            Ok((process, machine)) => Ok(Self {
+                process,
+                machine,
+                link: GuestLink::new(home.clone()),
+                ports,
+                console: Some(console),
+            }),
             // What it has to say is on its console, if it came as far.
             Err(error) => Err(with_console(&error.to_string(), &console)),
         }
