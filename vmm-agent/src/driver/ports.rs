@@ -38,6 +38,9 @@ const FORWARD: &str = "/oc.v1.PortService/ForwardPort";
 /// A guest that runs answers within a millisecond, and one with much to do when it is asked again, a second later (RFC 6298).
 /// After that it is asked by the link, and knows better what to wait for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
+/// A first message that is waited for, bytes: clients bring nothing for the port with it, or little. What brings more, the guest
+/// reads alone.
+const MAX_FIRST: usize = 64 << 10;
 /// What stands before a message: whether it is compressed, and its length (gRPC over HTTP/2, `Length-Prefixed-Message`).
 const PREFIX: usize = 5;
 
@@ -144,7 +147,7 @@ fn first(begun: &[u8]) -> Begun {
         return Begun::Partly;
     };
     match usize::try_from(u32::from_be_bytes(*length)) {
-        Ok(length) if compressed == 0 && length <= MAX_MESSAGE => match rest.get(..length) {
+        Ok(length) if compressed == 0 && length <= MAX_FIRST => match rest.get(..length) {
             Some(message) => ForwardPortRequest::decode(message).map_or(Begun::Otherwise, Begun::Whole),
             None => Begun::Partly,
         },
@@ -201,7 +204,7 @@ mod tests {
     #[tokio::test]
     async fn what_names_no_port_is_the_guests_to_refuse() {
         let compressed = [&[1], &message(3000, b"")[1..]].concat();
-        let large = [&[0][..], &u32::MAX.to_be_bytes(), b"..."].concat();
+        let large = [&[0][..], &65_537_u32.to_be_bytes(), b"..."].concat();
         let garbage = b"\0\0\0\0\x03\xff\xff\xff".to_vec();
         let half = message(3000, b"half")[..9].to_vec();
         for odd in [compressed, large, garbage, half, message(0, b""), message(65_536, b""), Vec::new()] {

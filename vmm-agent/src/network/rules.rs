@@ -225,8 +225,9 @@ mod tests {
         let settings = Settings {
             allow: vec!["10.1.2.0/24".parse().unwrap()],
             resolv_conf: "/etc/resolv.conf".into(),
-            connections: 64,
-            mbit: 8,
+            // As many and as much as may be (config.rs).
+            connections: 262_144,
+            mbit: 100_000,
         };
         let in_its_namespace = move || {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
