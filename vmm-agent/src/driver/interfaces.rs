@@ -7,6 +7,7 @@ use fs_err as fs;
 use super::{
     home::Home,
     ports::{Ports, Sockets},
+    running,
 };
 use crate::{
     microvm::MakeError,
@@ -86,11 +87,15 @@ impl Interfaces {
         if home.egress().map_err(failed)? == egress {
             return Ok(());
         }
-        home.note_egress(egress).map_err(failed)?;
-        match (&self.network, home.network().map_err(failed)?) {
-            (Some(network), Some(number)) => network.restrict(number, egress).await.map_err(failed),
-            _ => Ok(()),
-        }
+        let number = home.network().map_err(failed)?;
+        let noted = running::on_disk(home, move |home| home.note_egress(egress));
+        let set = async {
+            match (&self.network, number) {
+                (Some(network), Some(number)) => network.restrict(number, egress).await.map_err(failed),
+                _ => Ok(()),
+            }
+        };
+        tokio::try_join!(noted, set).map(drop)
     }
 
     /// What the VM in `home` has made of its network, and what it may; `None` if it has none.
