@@ -6,6 +6,7 @@
 //! makes the call. [`preview`] passes requests on to ports of sandboxes. [`ws`] attaches WebSockets to sessions. [`exchange`] logs and counts requests. [`compat`] holds what
 //! published clients expect and the contract cannot say.
 
+pub mod allocator;
 pub mod config;
 pub mod run;
 

@@ -53,12 +53,17 @@ fn cgroups(host_id: &str) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// What tells the networks of the agent of the mesh in `state` from others' (vmm-agent/src/driver.rs).
+pub fn tag(state: &Path) -> String {
+    let agent = state.join("agent");
+    let place = fs::canonicalize(&agent).unwrap_or(agent);
+    hex::encode(&Sha256::digest(place.as_os_str().as_encoded_bytes())[..4])
+}
+
 /// Namespaces, links and tables of a packet filter that are the agent's of the mesh in `state`
 /// (vmm-agent/src/network/plan.rs).
 fn networks(state: &Path) -> io::Result<Vec<String>> {
-    let agent = state.join("agent");
-    let place = fs::canonicalize(&agent).unwrap_or(agent);
-    let tag = hex::encode(&Sha256::digest(place.as_os_str().as_encoded_bytes())[..4]);
+    let tag = tag(state);
     let is_own = |name: &String| name.starts_with(&format!("oc-{tag}"));
     let mut found: Vec<String> = names(Path::new("/run/netns"))?
         .into_iter()

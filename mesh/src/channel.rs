@@ -19,6 +19,9 @@ pub const STREAM_WINDOW: u32 = 512 << 10;
 pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// Largest HTTP/2 frame, bytes: bulk transfers come in few pieces.
 pub const MAX_FRAME: u32 = 512 << 10;
+/// Largest HTTP/2 frame of an answer, bytes. Each is a system call of who sends it, and holds up what other calls' answers have to
+/// say: eight times the least that there is (RFC 9113, 4.2).
+const ANSWER_FRAME: u32 = 128 << 10;
 /// Largest gRPC message that our parts exchange, bytes.
 pub const MAX_MESSAGE: usize = 16 << 20;
 
@@ -59,6 +62,7 @@ fn connect(endpoint: &Endpoint) -> Result<Channel, EndpointError> {
         builder
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(ANSWER_FRAME)
             // What still comes for calls that were given up must not break the connection, which all callers share.
             .http2_max_local_error_reset_streams(None)
             .connect_timeout(CONNECT_TIMEOUT)

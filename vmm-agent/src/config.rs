@@ -130,8 +130,9 @@ pub struct Args {
           value_parser = clap::value_parser!(u32).range(1..=262_144))]
     pub network_connections: u32,
     /// What a sandbox may send, and receive, each second: millions of bits.
+    // The kernel multiplies the bytes of a second, and a burst's, by a second's nanoseconds, in 64 bits (net/netfilter/nft_limit.c).
     #[arg(long, env = "OC_NETWORK_MBIT", default_value_t = 1000, value_name = "MBIT",
-          value_parser = clap::value_parser!(u32).range(1..=400_000))]
+          value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub network_mbit: u32,
     /// Where this host stands: shown to users as their sandbox's region.
     #[arg(long, env = "OC_REGION", default_value = "local")]

@@ -50,7 +50,7 @@ const LOSS_SHOWS_WITHIN: Duration = Duration::from_millis(500);
 pub type ExecPlane = DataPlane<ExecServiceServer<()>>;
 /// Files.
 pub type FilePlane = DataPlane<FileServiceServer<()>>;
-/// Ports.
+/// Ports, which the guest's host connects to itself where it can.
 pub type PortPlane = DataPlane<PortServiceServer<()>>;
 /// What a sandbox has of a network, which its host answers for the guest.
 pub type NetworkPlane = DataPlane<NetworkServiceServer<()>>;

@@ -5,7 +5,7 @@
 //! - [`template`], [`initramfs`], [`layer`], [`pins`]: what a guest boots from, and how long it is kept.
 //! - [`parts`], [`running`], [`golden`]: what all VMs share, a VM that runs, the snapshots that VMs are clones of.
 //! - [`home`], [`cgroup`], [`process`], [`console`], [`interfaces`]: what one VM has of this host.
-//! - [`guest_link`], [`outlet`]: the way to a guest; [`graft`]: a snapshot's state in a VM that runs already.
+//! - [`guest_link`], [`ports`], [`outlet`]: the ways to a guest; [`graft`]: a snapshot's state in a VM that runs already.
 //! - [`pages`], [`runs`], [`held`], [`digests`], [`snapshot`]: what a VM changed of its memory, and its state at one moment,
 //!   on disk; [`capture`] takes it, [`shelf`] keeps those of sandboxes, [`stored`] that of one that hibernates.
 //! - [`writes`], [`userfaultfd`], [`pagemap_scan`], [`extents`], [`previous`]: what has changed since the capture before.
@@ -42,6 +42,7 @@ pub mod pagemap_scan;
 pub mod pages;
 pub mod parts;
 pub mod pins;
+pub mod ports;
 pub mod previous;
 pub mod process;
 pub mod qemu;

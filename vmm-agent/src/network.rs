@@ -9,7 +9,7 @@
 //!                  how much                   one to another               itself
 //! ```
 //!
-//! - [`plan`]: names and addresses; [`rules`]: what may pass.
+//! - [`plan`]: names and addresses; [`rules`]: what may pass, of which [`sets`] change.
 //! - [`namespace`], [`links`], [`tap`]: what the kernel does of it.
 //! - [`dns`]: names for guests.
 //!
@@ -21,6 +21,7 @@ pub mod links;
 pub mod namespace;
 pub mod plan;
 pub mod rules;
+pub mod sets;
 pub mod tap;
 
 use std::{
@@ -227,11 +228,7 @@ impl Network {
     ///
     /// If it does not take it.
     pub async fn restrict(&self, number: u32, egress: Egress) -> io::Result<()> {
-        let rules = match egress {
-            Egress::Open => rules::everything(),
-            Egress::Nothing => rules::NOTHING.to_owned(),
-        };
-        namespace::enter(self.names.vm(number), move || rules::load(&rules)).await
+        namespace::enter(self.names.vm(number), move || rules::restrict(egress)).await
     }
 
     /// What VMs may do.
@@ -396,6 +393,9 @@ async fn link_to_host(names: &Names, hub: &Links, runtime: &runtime::Handle) -> 
 /// Readies the namespace of this thread for the VM of that number; the TAP of its guest.
 fn make_vm(number: u32, hub: &str, rules: &str) -> io::Result<OwnedFd> {
     forward()?;
+    // As much as one of our connections to the guest holds of what is not read, bytes (tcp(7)): least, at first, and at most.
+    set("ipv4/tcp_rmem", "4096 131072 1048576")?;
+    set("ipv4/tcp_wmem", "4096 65536 1048576")?;
     let fd = tap::open(TAP)?;
     rules::load(rules)?;
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;

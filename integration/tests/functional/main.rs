@@ -61,7 +61,8 @@ fn main() -> ExitCode {
             a_tree_comes_back_as_an_archive,
             what_happens_in_a_directory_is_told;
         ports:
-            a_port_of_a_sandbox_is_one_of_this_machine;
+            a_port_of_a_sandbox_is_one_of_this_machine,
+            a_port_is_reached_wherever_its_server_listens;
         agents:
             an_agent_does_what_it_is_told,
             an_agent_that_is_interrupted_waits_for_the_next_prompt,
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
             a_sandbox_reaches_the_world_and_goes_on_to,
             a_sandbox_that_may_reach_nothing_does_not,
             a_hostile_sandbox_reaches_nothing_that_it_should_not,
+            two_meshes_of_one_machine_do_not_meet,
             a_mesh_without_a_network_is_of_use;
         hibernation:
             a_sandbox_wakes_where_it_was,

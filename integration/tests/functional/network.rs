@@ -20,6 +20,7 @@ use oc_integration::{
     rest::Sandbox,
     world::{PORT, World},
 };
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::{checkpoints, hibernation::hibernate};
@@ -379,11 +380,51 @@ async fn scan(sandbox: &Sandbox, targets: &[(String, u16)]) -> anyhow::Result<Ve
     Ok(sandbox.run("python3 scan.py").await?.lines().map(str::to_owned).collect())
 }
 
+pub async fn two_meshes_of_one_machine_do_not_meet(_: Arc<Mesh>) -> anyhow::Result<()> {
+    let world = World::make()?;
+    let meshes = [Mesh::start(&["--pool-size", "0"])?, Mesh::start(&["--pool-size", "0"])?];
+    let mut sandboxes = Vec::new();
+    for (mesh, port) in meshes.iter().zip([8001, 8002]) {
+        let sandbox = mesh.rest().create(json!({ "timeout": 0 })).await?;
+        sandbox.run(&format!("python3 -m http.server {port} --bind :: > /dev/null 2>&1 &")).await?;
+        sandboxes.push(sandbox);
+    }
+    // Everything that leads to a sandbox of some mesh, from where it does.
+    let mut between: BTreeSet<String> = addresses_of_host()?.into_iter().collect();
+    for number in 2..40 {
+        between.extend([format!("198.19.0.{number}"), format!("198.18.128.{number}")]);
+        between.extend([format!("fdb7:1e5c:c00:1::{number:x}"), format!("fdb7:1e5c:c00:2::{number:x}")]);
+    }
+    for (sandbox, port) in sandboxes.iter().zip([8002, 8001]) {
+        assert_eq!(reach(sandbox, &world.public).await?, world.public_of_host);
+        let targets: Vec<_> = between.iter().map(|address| (address.clone(), port)).collect();
+        let found = scan(sandbox, &targets).await?;
+        assert!(found.is_empty(), "it reaches {found:?}");
+    }
+    // What one mesh leaves takes nothing of the other.
+    let [first, second] = meshes;
+    first.stop()?;
+    assert_eq!(reach(&sandboxes[1], &world.public).await?, world.public_of_host);
+    let another = second.rest().create(json!({})).await?;
+    assert_eq!(reach(&another, &world.public).await?, world.public_of_host);
+    second.stop()
+}
+
 pub async fn a_mesh_without_a_network_is_of_use(_: Arc<Mesh>) -> anyhow::Result<()> {
     let mesh = Mesh::start(&["--pool-size", "0", "--network", "off"])?;
     let sandbox = mesh.rest().create(json!({})).await?;
     assert_eq!(sandbox.run("ls /sys/class/net").await?, "lo\n");
     let network = mesh.rest().get(&sandbox.path("/network")).await?.expect(200)?.json();
     assert_eq!(network["isConnected"], false, "{network}");
+    // Its ports are reached all the same.
+    sandbox.run("(python3 -m http.server 8000 > /dev/null 2>&1 &)").await?;
+    let rest = mesh.rest();
+    let host = format!("{}-p8000.preview.localhost", sandbox.id);
+    eventually("its server", async || {
+        let answer = rest.send(rest.anonymous(Method::GET, "/").header("host", &host)).await?;
+        ensure!(answer.status == 200, "{}", answer.status);
+        Ok(())
+    })
+    .await?;
     mesh.stop()
 }

@@ -3,7 +3,10 @@ use std::{future::Future, net::SocketAddr};
 use futures_util::{StreamExt as _, stream};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, StreamBody};
-use oc_proto::v1::{port_service_client::PortServiceClient, port_service_server::PortServiceServer};
+use oc_port::MAX_READ;
+use oc_proto::v1::{
+    ForwardPortResponse, port_service_client::PortServiceClient, port_service_server::PortServiceServer,
+};
 use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

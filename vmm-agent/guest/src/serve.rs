@@ -71,7 +71,7 @@ where
         AgentSessionServiceServer::new(Agents::new(running.clone())).max_decoding_message_size(MAX_MESSAGE);
     let exec = ExecServiceServer::new(Exec::new(running)).max_decoding_message_size(MAX_MESSAGE);
     let files = FileServiceServer::new(Files::default()).max_decoding_message_size(MAX_MESSAGE);
-    let ports = PortServiceServer::new(Ports::default()).max_decoding_message_size(MAX_MESSAGE);
+    let ports = PortServiceServer::new(Ports::default()).max_decoding_message_size(oc_port::MAX_MESSAGE);
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)

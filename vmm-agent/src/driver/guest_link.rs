@@ -115,6 +115,15 @@ impl GuestLink {
         self.0.sender().await.map(drop)
     }
 
+    /// The way to the guest for one call, connected if it is not yet.
+    ///
+    /// # Errors
+    ///
+    /// `UNAVAILABLE` if the guest does not answer.
+    pub async fn way(&self) -> Result<Way, Status> {
+        self.0.sender().await.map(Way).map_err(lost)
+    }
+
     /// Hangs up on a guest that stands still, whose VMM has handed on all that it said: it must not find half a conversation
     /// when it goes on. The VMM knows of it before it can be told anything else; it would not notice one half closed, because it
     /// reads nothing for such a guest.
@@ -122,6 +131,25 @@ impl GuestLink {
         if let Some(connected) = self.0.connected.lock().await.take() {
             connected.close().await;
         }
+    }
+}
+
+/// The way to a guest for one call, as it stood when it was asked for: once it is hung up on it leads nowhere, and connects to
+/// nobody by itself.
+#[derive(Debug)]
+pub struct Way(SendRequest<Body>);
+
+impl Way {
+    /// Sends the call there.
+    ///
+    /// # Errors
+    ///
+    /// `UNAVAILABLE` if the guest cannot be reached any more.
+    pub async fn send(mut self, mut request: http::Request<Body>) -> Result<http::Response<Body>, Status> {
+        *request.uri_mut() = absolute(request.uri())?;
+        *request.version_mut() = http::Version::HTTP_2;
+        let response = self.0.send_request(request).await.map_err(lost)?;
+        Ok(response.map(Body::new))
     }
 }
 
@@ -180,15 +208,9 @@ impl Service<http::Request<Body>> for GuestLink {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let shared = self.0.clone();
-        Box::pin(async move {
-            let mut sender = shared.sender().await.map_err(lost)?;
-            *request.uri_mut() = absolute(request.uri())?;
-            *request.version_mut() = http::Version::HTTP_2;
-            let response = sender.send_request(request).await.map_err(lost)?;
-            Ok(response.map(Body::new))
-        })
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let link = self.clone();
+        Box::pin(async move { link.way().await?.send(request).await })
     }
 }
 

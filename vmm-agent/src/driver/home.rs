@@ -162,8 +162,12 @@ impl Home {
     pub fn note_egress(&self, egress: Egress) -> io::Result<()> {
         match egress {
             Egress::Open => durable::remove(&self.dir.join(NO_EGRESS)),
-            // There for good before anything runs: after a loss of power it is not open instead.
-            Egress::Nothing => durable::write(&self.dir.join(NO_EGRESS), 0o600, |_| Ok(())),
+            // There for good before anything runs: after a loss of power it is not open instead. It is empty: its name is all
+            // that has to be on disk.
+            Egress::Nothing => {
+                fs::write(self.dir.join(NO_EGRESS), "")?;
+                File::open(&self.dir)?.sync_all()
+            }
         }
     }
 

@@ -363,7 +363,8 @@ impl Instance for Vm {
 
     fn guest(&self) -> Option<Guest> {
         let running = self.running.as_ref()?;
-        let outlet = Outlet::new(running.link.clone(), self.home.clone(), self.interfaces.clone());
+        let (link, ports) = (running.link.clone(), running.ports.clone());
+        let outlet = Outlet::new(link, ports, self.home.clone(), self.interfaces.clone());
         Some(BoxCloneSyncService::new(outlet))
     }
 

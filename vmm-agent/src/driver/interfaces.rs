@@ -4,10 +4,14 @@ use std::{collections::BTreeSet, io, path::Path, sync::Arc};
 
 use fs_err as fs;
 
-use super::home::Home;
+use super::{
+    home::Home,
+    ports::{Ports, Sockets},
+    running,
+};
 use crate::{
     microvm::MakeError,
-    network::{self, Egress, Interface, Network, Settings, Usage, plan::Names},
+    network::{self, Egress, Interface, Network, Settings, Usage, namespace::Namespace, plan::Names},
 };
 
 /// The networks of one host's VMs.
@@ -16,6 +20,7 @@ pub struct Interfaces {
     names: Names,
     /// What makes them; absent where VMs get none, or are only removed.
     network: Option<Arc<Network>>,
+    sockets: Sockets,
 }
 
 fn failed(error: io::Error) -> MakeError {
@@ -25,7 +30,7 @@ fn failed(error: io::Error) -> MakeError {
 impl Interfaces {
     /// Those of the agent called `names`, which can be removed.
     pub fn for_removal(names: Names) -> Self {
-        Self { names, network: None }
+        Self { names, network: None, sockets: Sockets::default() }
     }
 
     /// Readies them for the VMs in `homes`, or sees that none are made where there are no `settings`.
@@ -46,7 +51,7 @@ impl Interfaces {
                 None
             }
         };
-        Ok(Self { names, network })
+        Ok(Self { names, network, sockets: Sockets::default() })
     }
 
     /// Stops what makes them.
@@ -82,11 +87,15 @@ impl Interfaces {
         if home.egress().map_err(failed)? == egress {
             return Ok(());
         }
-        home.note_egress(egress).map_err(failed)?;
-        match (&self.network, home.network().map_err(failed)?) {
-            (Some(network), Some(number)) => network.restrict(number, egress).await.map_err(failed),
-            _ => Ok(()),
-        }
+        let number = home.network().map_err(failed)?;
+        let noted = running::on_disk(home, move |home| home.note_egress(egress));
+        let set = async {
+            match (&self.network, number) {
+                (Some(network), Some(number)) => network.restrict(number, egress).await.map_err(failed),
+                _ => Ok(()),
+            }
+        };
+        tokio::try_join!(noted, set).map(drop)
     }
 
     /// What the VM in `home` has made of its network, and what it may; `None` if it has none.
@@ -97,6 +106,17 @@ impl Interfaces {
     pub async fn usage(&self, home: &Home) -> io::Result<Option<(Usage, &Settings)>> {
         let (Some(network), Some(number)) = (&self.network, home.network()?) else { return Ok(None) };
         Ok(Some((network.usage(number).await?, network.settings())))
+    }
+
+    /// The ports of the VM in `home`, whose VMM is about to run or does; `None` if it has no network.
+    ///
+    /// # Errors
+    ///
+    /// [`MakeError::Backend`].
+    pub fn ports(&self, home: &Home) -> Result<Option<Ports>, MakeError> {
+        let Some(number) = home.network().map_err(failed)? else { return Ok(None) };
+        let namespace = Namespace::open(&self.names.vm(number)).map_err(failed)?;
+        Ok(Some(Ports::new(namespace, self.sockets.clone())))
     }
 
     /// Removes what the VM in `home` had, whose VMM has ended. Fine if there is nothing, or no home.

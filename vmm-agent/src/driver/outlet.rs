@@ -12,7 +12,12 @@ use tonic::{Request, Response, Status, body::Body, server::NamedService};
 use tower::Service;
 use tracing::warn;
 
-use super::{guest_link::GuestLink, home::Home, interfaces::Interfaces};
+use super::{
+    guest_link::GuestLink,
+    home::Home,
+    interfaces::Interfaces,
+    ports::{self, Ports},
+};
 use crate::network::{
     Egress,
     plan::{DNS, GATEWAY, GATEWAY6, GUEST, GUEST_MAC, GUEST6},
@@ -22,13 +27,14 @@ use crate::network::{
 #[derive(Clone, Debug)]
 pub struct Outlet {
     link: GuestLink,
+    ports: Option<Ports>,
     network: NetworkServiceServer<Connected>,
 }
 
 impl Outlet {
-    /// To the guest of the VM in `home`, by `link`.
-    pub fn new(link: GuestLink, home: Home, interfaces: Interfaces) -> Self {
-        Self { link, network: NetworkServiceServer::new(Connected { home, interfaces }) }
+    /// To the guest of the VM in `home`, by `link`; to its `ports` by its network, if it has one.
+    pub fn new(link: GuestLink, ports: Option<Ports>, home: Home, interfaces: Interfaces) -> Self {
+        Self { link, ports, network: NetworkServiceServer::new(Connected { home, interfaces }) }
     }
 }
 
@@ -50,11 +56,17 @@ impl Service<http::Request<Body>> for Outlet {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        if !is_for::<NetworkServiceServer<Connected>>(&request) {
-            return self.link.call(request);
+        if is_for::<NetworkServiceServer<Connected>>(&request) {
+            let mut network = self.network.clone();
+            return Box::pin(async move { network.call(request).await.map_err(|never| match never {}) });
         }
-        let mut network = self.network.clone();
-        Box::pin(async move { network.call(request).await.map_err(|never| match never {}) })
+        match &self.ports {
+            Some(ports) if ports::is_for(&request) => {
+                let (ports, link) = (ports.clone(), self.link.clone());
+                Box::pin(async move { ports.call(request, link.way().await?).await })
+            }
+            _ => self.link.call(request),
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use super::{
     home::Home,
     pages::GuestMemory,
     parts::{Bootable, Parts},
+    ports::Ports,
     process::Process,
     snapshot::{Manifest, Place, Source},
     vmm::{Graft, Launch, Machine, Memory, Start, VmmError},
@@ -43,6 +44,8 @@ pub struct Running {
     pub machine: Box<dyn Machine>,
     /// The way to its guest.
     pub link: GuestLink,
+    /// The way to its guest's ports, if it has a network.
+    pub ports: Option<Ports>,
     /// Its console; only if this agent started it.
     pub console: Option<Console>,
 }
@@ -216,12 +219,9 @@ impl Running {
             return Ok(None);
         }
         let machine = parts.vmm.attach(home).await?;
-        Ok(Some(Self {
-            process,
-            machine,
-            link: GuestLink::new(parts.vmm.clone(), home.clone()),
-            console: None,
-        }))
+        let ports = parts.interfaces.ports(home)?;
+        let link = GuestLink::new(parts.vmm.clone(), home.clone());
+        Ok(Some(Self { process, machine, link, ports, console: None }))
     }
 
     async fn launch(
@@ -240,6 +240,7 @@ impl Running {
         on_disk(home, ready).await?;
         parts.create_group(cgroup, kind)?;
         let network = telemetry::step("network", parts.interfaces.plug(home)).await?;
+        let ports = parts.interfaces.ports(home)?;
         fail::pass(fail::START_PLUGGED, home.vm())?;
         let (console, writer) = Console::open().map_err(VmmError::Start)?;
         let launch = Launch {
@@ -257,7 +258,7 @@ impl Running {
         match telemetry::step("launch", parts.vmm.launch(launch)).await {
             Ok((process, machine)) => {
                 let link = GuestLink::new(parts.vmm.clone(), home.clone());
-                Ok(Self { process, machine, link, console: Some(console) })
+                Ok(Self { process, machine, link, ports, console: Some(console) })
             }
             // What it has to say is on its console, if it came as far.
             Err(error) => Err(with_console(&error.to_string(), &console)),

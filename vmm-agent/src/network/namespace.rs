@@ -3,7 +3,13 @@
 //! A namespace belongs to a thread, so whatever is to happen in one happens on a thread that ends with it. A socket stays in
 //! the namespace that it was made in, whoever uses it.
 
-use std::{fs, io, os::fd::AsFd as _, path::Path, thread};
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+    sync::Arc,
+    thread,
+};
 
 use fs_err::File;
 use nix::{
@@ -41,6 +47,38 @@ pub async fn create<T: Send + 'static>(
     .await
 }
 
+/// A namespace, whichever has its name by now: it stays as long as this. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct Namespace(Arc<OwnedFd>);
+
+impl Namespace {
+    /// The one called `name`.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn open(name: &str) -> io::Result<Self> {
+        Ok(Self(Arc::new(File::open(Names::file(name))?.into_parts().0.into())))
+    }
+
+    /// Does `work` in it.
+    ///
+    /// # Errors
+    ///
+    /// What `work` says, or if there is no thread.
+    pub async fn enter<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let namespace = Arc::clone(&self.0);
+        on_thread(move || {
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)?;
+            work()
+        })
+        .await
+    }
+}
+
 /// Does `work` in the namespace called `name`.
 ///
 /// # Errors
@@ -50,12 +88,7 @@ pub async fn enter<T: Send + 'static>(
     name: String,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    on_thread(move || {
-        let file = File::open(Names::file(&name))?;
-        setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?;
-        work()
-    })
-    .await
+    Namespace::open(&name)?.enter(work).await
 }
 
 /// Forgets the namespace called `name`, which ends with the last who uses it. Fine if there is none.

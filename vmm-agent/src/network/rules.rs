@@ -1,7 +1,7 @@
 //! What may pass: the packet filter of a VM's namespace, of the agent's and of the host, in nft's own language (nft(8)).
 //!
-//! Nothing of it changes while a VM runs but the sets of what it may reach. It is loaded when a namespace is made, ahead of
-//! its use.
+//! Nothing of it changes while a VM runs but the sets of what it may reach, and those by netlink ([`sets`]). It is loaded when a
+//! namespace is made, ahead of its use.
 
 use std::{
     fmt::Write as _,
@@ -12,8 +12,9 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    Settings,
+    Egress, Settings,
     plan::{DNS, GATEWAY, GATEWAY6, GUEST, GUEST_MAC, GUEST6, Names, Pair, TAP, UP},
+    sets,
 };
 
 /// What is not the internet: the registries of special addresses (RFC 6890), and what is multicast or reserved.
@@ -51,9 +52,9 @@ table netdev oc {{
 }}
 table inet oc {{
     # Where the guest may go: the policy is these three. What the operator has excepted, and what is not the internet.
-    set egress4 {{ type ipv4_addr; flags interval; }}
-    set egress6 {{ type ipv6_addr; flags interval; }}
-    set resolvers {{ type ipv4_addr; }}
+    set egress4 {{ type ipv4_addr; flags interval; elements = {{ 0.0.0.0/0 }} }}
+    set egress6 {{ type ipv6_addr; flags interval; elements = {{ ::/0 }} }}
+    set resolvers {{ type ipv4_addr; elements = {{ {DNS} }} }}
     set allowed4 {{ type ipv4_addr; flags interval; auto-merge; {allowed4} }}
     set allowed6 {{ type ipv6_addr; flags interval; auto-merge; {allowed6} }}
     set denied4 {{ type ipv4_addr; flags interval; elements = {{ {NOT_THE_INTERNET} }} }}
@@ -76,21 +77,28 @@ table inet oc {{
         ip6 daddr @denied6 counter reject with icmpx admin-prohibited
         accept
     }}
-    # Nobody answers here but to a ping of the gateway.
+    # Nobody answers here but to a ping of the gateway, and to what a guest remembers of connections of another life: with their end.
     chain input {{
         type filter hook input priority filter; policy drop;
         ct state established,related accept
         iifname "{UP}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
         iifname "{TAP}" ip daddr {GATEWAY} icmp type echo-request limit rate 50/second accept
         iifname "{TAP}" ip6 daddr {GATEWAY6} icmpv6 type echo-request limit rate 50/second accept
+        iifname "{TAP}" ip daddr {GATEWAY} meta l4proto tcp limit rate 500/second reject with tcp reset
+    }}
+    # Whoever runs here, such as a VMM that its guest has taken over, reaches that guest and nobody else.
+    chain output {{
+        type filter hook output priority filter; policy drop;
+        oifname "{TAP}" accept
+        oifname "{UP}" ct state established,related accept
+        oifname "{UP}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
     }}
     chain source {{
         type nat hook postrouting priority srcnat;
         oifname "{UP}" masquerade
     }}
 }}
-{}"#,
-        everything()
+"#
     )
 }
 
@@ -106,17 +114,16 @@ fn allowed(nets: &[IpNet]) -> (String, String) {
     (elements(|net| net.addr().is_ipv4()), elements(|net| net.addr().is_ipv6()))
 }
 
-/// Lets a VM reach all that is not denied.
-pub fn everything() -> String {
-    format!(
-        "{NOTHING}add element inet oc egress4 {{ 0.0.0.0/0 }}\nadd element inet oc egress6 {{ ::/0 }}\n\
-         add element inet oc resolvers {{ {DNS} }}\n"
-    )
+/// Sets what the VM may reach that has this thread's namespace: all that is not denied, or nothing.
+///
+/// # Errors
+///
+/// If its filter is not loaded, or does not take it: then it is as it was.
+pub fn restrict(egress: Egress) -> io::Result<()> {
+    let all: [(&str, &[u8]); 3] = [("egress4", &[0; 4]), ("egress6", &[0; 16]), ("resolvers", &DNS.octets())];
+    let sets = all.map(|(set, key)| (set, (egress == Egress::Open).then_some(key)));
+    sets::fill("oc", &sets)
 }
-
-/// Lets a VM reach nothing: what fills the sets of its policy again is another policy.
-pub const NOTHING: &str =
-    "flush set inet oc egress4\nflush set inet oc egress6\nflush set inet oc resolvers\n";
 
 /// The filter of an agent's own namespace: each VM may go to the world, and none to another.
 pub fn of_hub() -> String {
@@ -207,7 +214,54 @@ pub fn load(rules: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::thread;
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::{super::tap, *};
+
+    /// A set of a VM's filter, as nft writes it.
+    fn listed(set: &str) -> String {
+        let listed = Command::new("nft").args(["list", "set", "inet", "oc", set]).output().unwrap();
+        assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+        String::from_utf8(listed.stdout).unwrap()
+    }
+
+    #[test]
+    fn what_a_vm_may_reach_is_changed_in_the_filter_that_is_loaded() {
+        let settings = Settings {
+            allow: vec!["10.1.2.0/24".parse().unwrap()],
+            resolv_conf: "/etc/resolv.conf".into(),
+            // As many and as much as may be (config.rs).
+            connections: 262_144,
+            mbit: 100_000,
+        };
+        let in_its_namespace = move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let unloaded = restrict(Egress::Nothing).unwrap_err();
+            assert_eq!(unloaded.kind(), io::ErrorKind::NotFound);
+            let _tap = tap::open(TAP).unwrap();
+            load(&of_vm(&settings)).unwrap();
+            let sets = ["egress4", "egress6", "resolvers"];
+            let all = sets.map(listed);
+            for (listed, element) in all.iter().zip(["0.0.0.0/0", "::/0", "198.18.0.53"]) {
+                assert!(listed.contains(&format!("elements = {{ {element} }}")), "{listed}");
+            }
+            // Whatever it was before.
+            for _ in 0..2 {
+                restrict(Egress::Nothing).unwrap();
+                for listed in sets.map(listed) {
+                    assert!(!listed.contains("elements"), "{listed}");
+                }
+            }
+            for _ in 0..2 {
+                restrict(Egress::Open).unwrap();
+                assert_eq!(sets.map(listed), all);
+            }
+            assert!(listed("allowed4").contains("10.1.2.0/24"), "the rest is as it was");
+        };
+        thread::spawn(in_its_namespace).join().unwrap();
+    }
 
     #[test]
     fn exceptions_are_sorted_into_their_sets() {

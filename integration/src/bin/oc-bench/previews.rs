@@ -4,8 +4,8 @@
 //! server that nginx proxies to. So both proxies do the same job for the same clients, but the gateway has the hop to the agent
 //! on top, as it has in a mesh. Both write a line for each request. [`bed`] is what they run on, [`load`] who asks.
 
-mod bed;
-mod load;
+pub mod bed;
+pub mod load;
 
 use std::time::Duration;
 

@@ -37,6 +37,8 @@ pub enum Target {
     MostTimesOf(f64, f64, &'static str),
     /// At least so many times another figure: factor, figure.
     LeastTimes(f64, f64),
+    /// At least so many times another figure that is not the floor's: factor, figure, which.
+    LeastTimesOf(f64, f64, &'static str),
     /// Nothing in particular.
     None,
 }
@@ -75,9 +77,8 @@ impl Table {
             Target::Least(least) => (format!("≥ {}", number(least)), Some(value >= least)),
             Target::MostTimes(factor, of) => most_times(value, factor, of, "floor"),
             Target::MostTimesOf(factor, of, which) => most_times(value, factor, of, which),
-            Target::LeastTimes(factor, of) => {
-                (format!("≥ {factor} × floor; is {:.2} ×", value / of), Some(value >= factor * of))
-            }
+            Target::LeastTimes(factor, of) => least_times(value, factor, of, "floor"),
+            Target::LeastTimesOf(factor, of, which) => least_times(value, factor, of, which),
             Target::None => (String::new(), None),
         };
         let measured = format!("{} {unit}", number(value));
@@ -101,6 +102,10 @@ impl fmt::Display for Table {
 
 fn most_times(value: f64, factor: f64, of: f64, which: &str) -> (String, Option<bool>) {
     (format!("≤ {factor} × {which}; is {:.2} ×", value / of), Some(value <= factor * of))
+}
+
+fn least_times(value: f64, factor: f64, of: f64, which: &str) -> (String, Option<bool>) {
+    (format!("≥ {factor} × {which}; is {:.2} ×", value / of), Some(value >= factor * of))
 }
 
 /// A figure, as long as it tells something.

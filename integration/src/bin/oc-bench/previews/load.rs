@@ -49,13 +49,7 @@ pub async fn requests(proxy: &Proxy, connections: usize, time: Duration) -> anyh
 
 /// MiB a second of one large answer.
 pub async fn download(proxy: &Proxy, bytes: usize) -> anyhow::Result<f64> {
-    let mut client = Client::connect(proxy).await?;
-    let (begun, mut read) = (Instant::now(), 0);
-    client.ask("/big", &mut |piece| read += piece).await?;
-    ensure!(read == bytes, "{read} bytes of {bytes}");
-    #[expect(clippy::cast_precision_loss, reason = "MiB")]
-    let rate = (bytes >> 20) as f64 / begun.elapsed().as_secs_f64();
-    Ok(rate)
+    Client::connect(proxy).await?.download(bytes).await
 }
 
 /// Connections that have been answered once and stay open.
@@ -81,7 +75,22 @@ impl Client {
     async fn connect(proxy: &Proxy) -> anyhow::Result<Self> {
         let stream = TcpStream::connect(proxy.address).await?;
         stream.set_nodelay(true)?;
-        Ok(Self { stream, host: proxy.host.clone(), buffer: Vec::new() })
+        Ok(Self::over(stream, &proxy.host))
+    }
+
+    /// One that asks over a connection of one's own.
+    pub fn over(stream: TcpStream, host: &str) -> Self {
+        Self { stream, host: host.to_owned(), buffer: Vec::new() }
+    }
+
+    /// MiB a second of one large answer.
+    pub async fn download(&mut self, bytes: usize) -> anyhow::Result<f64> {
+        let (begun, mut read) = (Instant::now(), 0);
+        self.ask("/big", &mut |piece| read += piece).await?;
+        ensure!(read == bytes, "{read} bytes of {bytes}");
+        #[expect(clippy::cast_precision_loss, reason = "MiB")]
+        let rate = (bytes >> 20) as f64 / begun.elapsed().as_secs_f64();
+        Ok(rate)
     }
 
     /// Asks, and reads the whole answer, which says how long it is.
