@@ -17,6 +17,10 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use oc_vmm_agent::{
     driver::{
         cgroup::{Cgroup, Cgroups, Limits},
@@ -126,8 +130,12 @@ impl Bed {
 }
 
 impl Drop for Bed {
+    /// Ends what a test that failed has left; one that did not leaves nothing.
     fn drop(&mut self) {
         let left = self.cgroups.existing().unwrap();
+        for pid in left.iter().flat_map(|name| self.cgroups.of(name).processes().unwrap()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
         if !std::thread::panicking() {
             assert_eq!(left, [] as [String; 0], "groups are left");
             self.cgroups.clean_up().unwrap();
