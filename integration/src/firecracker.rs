@@ -207,6 +207,15 @@ impl Vm<'_> {
         self.launch(Memory::Anonymous, Start::Boot).await.unwrap()
     }
 
+    /// Boots it, and saves it, paused, at a place of that name.
+    pub async fn boot_and_save(&self, name: &str, extent: Extent) -> (Launched, Saved) {
+        let vm = self.boot().await;
+        vm.machine.pause().await.unwrap();
+        let place = self.place(name);
+        place.save(vm.machine.as_ref(), extent).await.unwrap();
+        (vm, place)
+    }
+
     /// Launches a VMM that waits for what is at `place` to be loaded.
     pub async fn wait_for(&self, place: &Saved) -> Launched {
         self.launch(Memory::CopyOf(place.memory.clone()), Start::Paused).await.unwrap()

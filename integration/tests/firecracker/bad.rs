@@ -19,10 +19,7 @@ use oc_integration::firecracker::{Bed, Saved, refused, settings};
 /// A VM's state, saved, for others to be restored from.
 async fn saved(bed: &Bed) -> (oc_integration::firecracker::Vm<'_>, Saved) {
     let origin = bed.vm("vm-origin");
-    let vm = origin.boot().await;
-    vm.machine.pause().await.unwrap();
-    let place = origin.place("saved");
-    place.save(vm.machine.as_ref(), Extent::All).await.unwrap();
+    let (vm, place) = origin.boot_and_save("saved", Extent::All).await;
     origin.end_but_keep(&vm).await;
     (origin, place)
 }

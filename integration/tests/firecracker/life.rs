@@ -75,10 +75,7 @@ fn lay_over(whole: &mut [u8], part: &[u8]) {
 async fn what_is_saved_over_a_copy_is_whole() {
     let bed = Bed::new().await;
     let (first, second, third) = (bed.vm("vm-1"), bed.vm("vm-2"), bed.vm("vm-3"));
-    let vm = first.boot().await;
-    vm.machine.pause().await.unwrap();
-    let golden = first.place("golden");
-    golden.save(vm.machine.as_ref(), Extent::Changed).await.unwrap();
+    let (_vm, golden) = first.boot_and_save("golden", Extent::Changed).await;
     let from = second.copy_of(&golden, "from");
     let clone = second.wait_for(&from).await;
     clone.machine.load(&from.state).await.unwrap();
@@ -164,10 +161,7 @@ async fn an_agent_that_comes_back_takes_over_what_runs() {
 async fn ten_are_started_saved_and_restored_at_once() {
     let bed = Bed::new().await;
     let origin = bed.vm("vm-origin");
-    let vm = origin.boot().await;
-    vm.machine.pause().await.unwrap();
-    let golden = origin.place("golden");
-    golden.save(vm.machine.as_ref(), Extent::Changed).await.unwrap();
+    let (vm, golden) = origin.boot_and_save("golden", Extent::Changed).await;
     origin.end_but_keep(&vm).await;
     let clones: Vec<_> = (0..10).map(|number| bed.vm(&format!("vm-{number}"))).collect();
     join_all(clones.iter().map(|home| async {
@@ -191,10 +185,7 @@ async fn ten_are_started_saved_and_restored_at_once() {
 async fn a_vmm_opens_the_tap_of_its_own_namespace_and_finds_it_again() {
     let bed = Bed::with_network().await;
     let (first, second) = (bed.vm("vm-1"), bed.vm("vm-2"));
-    let vm = first.boot().await;
-    vm.machine.pause().await.unwrap();
-    let golden = first.place("golden");
-    golden.save(vm.machine.as_ref(), Extent::Changed).await.unwrap();
+    let (vm, golden) = first.boot_and_save("golden", Extent::Changed).await;
     // By the same name in another namespace, while the first one still has its own.
     let from = second.copy_of(&golden, "from");
     let clone = second.wait_for(&from).await;

@@ -9,9 +9,9 @@ use super::qemu::{Accelerator, PROGRAM};
 use crate::config::AcceleratorChoice;
 
 /// A kernel that really runs on hardware gives up its missing root filesystem within a second.
-pub const PANICS_WITHIN: Duration = Duration::from_secs(5);
+const PANICS_WITHIN: Duration = Duration::from_secs(5);
 /// What it says then (`mount_root_generic` and `panic` in Linux).
-pub const PANIC: &str = "Kernel panic";
+const PANIC: &str = "Kernel panic";
 
 /// Decides, and says why in the log.
 ///
@@ -62,23 +62,36 @@ pub fn virtualises(kernel: Option<&Path>) -> Result<&Path, String> {
 /// Why it is not known to.
 pub async fn probe(kernel: Option<&Path>) -> Result<(), String> {
     let kernel = virtualises(kernel)?;
-    let output = Command::new(PROGRAM)
-        .args(["-machine", "microvm,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-kernel"])
+    let mut qemu = Command::new(PROGRAM);
+    qemu.args(["-machine", "microvm,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-kernel"])
         .arg(kernel)
         .args(["-append", "console=ttyS0 panic=-1 reboot=t", "-serial", "stdio", "-display", "none"])
-        .args(["-nodefaults", "-no-user-config", "-no-reboot"])
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    match timeout(PANICS_WITHIN, output).await {
-        Err(_) => Err(format!("a kernel under KVM did not come up within {PANICS_WITHIN:?}")),
-        Ok(Err(error)) => Err(format!("cannot run {PROGRAM}: {error}")),
-        Ok(Ok(output)) if String::from_utf8_lossy(&output.stdout).contains(PANIC) => Ok(()),
-        Ok(Ok(output)) => Err(format!(
-            "a kernel under KVM ended early: {}",
-            String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or("without a message")
-        )),
+        .args(["-nodefaults", "-no-user-config", "-no-reboot"]);
+    comes_up(qemu, "KVM").await
+}
+
+/// Whether the kernel that `vmm` boots, with its console on standard output, comes as far as to miss its root filesystem.
+/// `under` is what to call that in a reason.
+///
+/// # Errors
+///
+/// Why not.
+pub async fn comes_up(mut vmm: Command, under: &str) -> Result<(), String> {
+    let output = vmm.stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = match timeout(PANICS_WITHIN, output).await {
+        Err(_) => return Err(format!("a kernel under {under} did not come up within {PANICS_WITHIN:?}")),
+        Ok(Err(error)) => {
+            return Err(format!("cannot run {}: {error}", vmm.as_std().get_program().display()));
+        }
+        Ok(Ok(output)) => output,
+    };
+    let [said, complained] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+    if said.contains(PANIC) {
+        return Ok(());
     }
+    // QEMU complains where it should, Firecracker where its guest speaks.
+    let last = complained.lines().last().or_else(|| said.lines().last()).unwrap_or("without a message");
+    Err(format!("a kernel under {under} ended early: {last}"))
 }
 
 fn has_virtualisation(cpuinfo: &str) -> bool {

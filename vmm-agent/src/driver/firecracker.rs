@@ -189,8 +189,7 @@ impl Vmm for Firecracker {
 
     fn snapshot_key(&self) -> String {
         let (name, format, kernel) = (&self.name, &self.snapshot_format, &self.host_kernel);
-        let template = self.settings.cpu_template.as_deref().unwrap_or("no template");
-        // What its machine is and what its kernel is told stands there.
+        // What its machine is, its CPU template with it, and what its kernel is told stands there.
         let kind = crate::microvm::Kind { template: String::new(), cpu_count: 1, memory_mb: 1 };
         let network =
             self.has_network.then_some((crate::network::plan::GUEST_MAC, crate::network::plan::TAP));
@@ -199,7 +198,7 @@ impl Vmm for Firecracker {
             .into_iter()
             .map(|(_, body)| body.to_string())
             .collect();
-        format!("{name} {format} {kernel} {template} {}", machine.concat())
+        format!("{name} {format} {kernel} {}", machine.concat())
     }
 
     fn overhead_bytes(&self) -> u64 {

@@ -31,10 +31,7 @@ const STARTS_WITHIN: Duration = Duration::from_secs(20);
 pub async fn measure(table: &mut Table) -> anyhow::Result<()> {
     let bed = Bed::new().await;
     let origin = bed.vm("vm-origin");
-    let vm = origin.boot().await;
-    vm.machine.pause().await?;
-    let golden = origin.place("golden");
-    golden.save(vm.machine.as_ref(), Extent::Changed).await?;
+    let (vm, golden) = origin.boot_and_save("golden", Extent::Changed).await;
     origin.end_but_keep(&vm).await;
     let bare = Bare::new().await?;
 
