@@ -84,13 +84,13 @@ impl Upstreams {
             Backend::Scheduler => self.scheduler()?,
             Backend::Host => {
                 let sandbox_id = sandbox_id.filter(|id| !id.is_empty()).ok_or_else(no_sandbox)?;
-                return self.host(identity, sandbox_id, headers, patience).await;
+                self.host(identity, sandbox_id, headers, patience).await?
             }
         };
         self.channel(&endpoint)
     }
 
-    /// A channel to a sandbox's host, for `identity`. A hibernated one is woken first, on behalf of the caller whom `headers`
+    /// The endpoint of a sandbox's host, for `identity`. A hibernated one is woken first, on behalf of the caller whom `headers`
     /// name.
     ///
     /// # Errors
@@ -101,15 +101,14 @@ impl Upstreams {
         sandbox_id: &str,
         headers: &HeaderMap,
         patience: Patience,
-    ) -> Result<ClientChannel, Status> {
-        let endpoint = match self.sandboxes.find(identity.tenant(), sandbox_id).await? {
-            Whereabouts::Host(endpoint) => endpoint,
+    ) -> Result<String, Status> {
+        match self.sandboxes.find(identity.tenant(), sandbox_id).await? {
+            Whereabouts::Host(endpoint) => Ok(endpoint),
             Whereabouts::Hibernated => {
                 self.wake(sandbox_id, headers, patience).await?;
-                self.sandboxes.host_of_woken(sandbox_id).await?
+                self.sandboxes.host_of_woken(sandbox_id).await
             }
-        };
-        self.channel(&endpoint)
+        }
     }
 
     /// Whether a sandbox can be used at all, asleep or awake.
@@ -145,7 +144,11 @@ impl Upstreams {
         self.waking.wake(scheduler, sandbox_id, headers, patience).await
     }
 
-    fn channel(&self, endpoint: &str) -> Result<ClientChannel, Status> {
+    /// A channel to a member's endpoint.
+    ///
+    /// # Errors
+    /// `HOST_UNAVAILABLE` if it is none.
+    pub fn channel(&self, endpoint: &str) -> Result<ClientChannel, Status> {
         self.channels.get(endpoint).map_err(|error| {
             tracing::error!(%endpoint, %error, "a member's endpoint cannot be used");
             status(Reason::HostUnavailable, "the part that answers this call cannot be reached")

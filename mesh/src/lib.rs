@@ -3,7 +3,8 @@
 //! Where things stand:
 //! - [`store`], [`record`], [`keys`], [`view`]: the record store, embedded or etcd; typed access; live mirrors.
 //! - [`membership`]: being a member under a lease, and seeing the others.
-//! - [`endpoint`], [`channel`], [`serve`], [`layers`], [`relay`], [`endless`]: calls between our own parts.
+//! - [`endpoint`], [`channel`], [`serve`], [`layers`], [`relay`], [`endless`]: calls between our own parts; [`handoff`]: what goes
+//!   past them.
 //! - [`caller`], [`api_key`], [`token`], [`file_url`]: who calls.
 //! - [`error`]: stable reasons, one table to gRPC and HTTP.
 //! - [`clock`], [`limits`], [`shutdown`], [`telemetry`]: time, what the system allows, stopping, seeing.
@@ -18,6 +19,7 @@ pub mod endpoint;
 pub mod error;
 pub mod fail;
 pub mod file_url;
+pub mod handoff;
 pub mod keys;
 pub mod layers;
 pub mod limits;

@@ -13,7 +13,7 @@ use crate::{
     layers::server_stack,
 };
 
-mod listen;
+pub(crate) mod listen;
 
 use listen::{Listener, tcp_connections, unix_connections};
 

@@ -5,6 +5,8 @@
 mod faulty;
 #[path = "services/file_url.rs"]
 mod file_url;
+#[path = "services/handoff.rs"]
+mod handoff;
 #[path = "services/layers.rs"]
 mod layers;
 #[path = "services/membership.rs"]

@@ -58,7 +58,10 @@ pub mod writes;
 
 use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 
-use oc_mesh::clock::SystemClock;
+use oc_mesh::{
+    clock::SystemClock,
+    handoff::{self, Handoffs},
+};
 use sha2::{Digest as _, Sha256};
 use tokio::{sync::watch, task::spawn_blocking};
 use tracing::info;
@@ -105,8 +108,12 @@ impl Driver {
         let kernel = templates.first().map(template::Template::kernel);
         let vmm = choose(config, kernel.as_deref()).await?;
         let mut driver = Self::for_removal(&config.host_id, &config.data_dir)?;
-        let interfaces =
-            Interfaces::open(driver.names.clone(), &driver.places.homes, config.network.clone()).await;
+        let handoffs = match handoff::socket_of(&config.listen) {
+            Some(path) if config.network.is_some() => Some(Handoffs::open(&path).await?),
+            _ => None,
+        };
+        let (names, homes) = (driver.names.clone(), &driver.places.homes);
+        let interfaces = Interfaces::open(names, homes, config.network.clone(), handoffs).await;
         driver.interfaces = interfaces.map_err(|error| {
             let remedy = "as root, with nftables, or without a network by --network off";
             io::Error::new(

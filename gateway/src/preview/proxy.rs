@@ -5,12 +5,15 @@ use std::sync::Arc;
 use http::{HeaderMap, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts};
 use http_body::Body as _;
 use hyper::{body::Incoming, client::conn::TrySendError};
-use oc_mesh::error::{Reason, reason_of, status};
+use oc_mesh::{
+    error::{Reason, reason_of, status},
+    handoff,
+};
 use tonic::{Status, body::Body};
 
 use super::{
     Peer,
-    connection::PortStream,
+    connection::{self, Host},
     headers,
     host::{self, Malformed},
     line::Line,
@@ -218,13 +221,17 @@ impl<'a> To<'a> {
             trusted_headers(&self.app.caller(&self.identity, self.exchange), Some(&self.sandbox_id));
         let upstreams = &self.app.upstreams;
         let within = self.app.previews.limits.connect;
-        let channel = upstreams.host(&self.identity, &self.sandbox_id, &trusted, patience).await?;
-        let open = |channel| PortStream::open(channel, &self.sandbox_id, self.port, trusted.clone(), within);
-        let stream = match open(channel).await {
+        let open = async || {
+            let endpoint = upstreams.host(&self.identity, &self.sandbox_id, &trusted, patience).await?;
+            let handoffs = endpoint.parse().ok().and_then(|endpoint| handoff::socket_of(&endpoint));
+            let host = Host { channel: upstreams.channel(&endpoint)?, handoffs };
+            connection::open(host, &self.sandbox_id, self.port, trusted.clone(), within).await
+        };
+        let stream = match open().await {
             // It fell asleep on the way there.
             Err(error) if reason_of(&error).as_deref() == Some(Reason::SandboxHibernated.as_str()) => {
                 upstreams.wake(&self.sandbox_id, &trusted, patience).await?;
-                open(upstreams.host(&self.identity, &self.sandbox_id, &trusted, patience).await?).await
+                open().await
             }
             opened => opened,
         }

@@ -7,6 +7,7 @@ use futures_util::{Stream, StreamExt as _, stream};
 use oc_mesh::{
     caller::Caller,
     error::{Reason, status},
+    handoff::Handoffs,
 };
 use oc_proto::{
     google::api::HttpBody,
@@ -47,6 +48,8 @@ pub struct Seen {
     pub signals: Mutex<Vec<Option<i32>>>,
     /// MCP servers of agents that were started.
     pub mcp_servers: Mutex<Vec<Option<prost_types::Struct>>>,
+    /// Where connections to ports are handed over, if they are.
+    pub handoffs: Mutex<Option<Handoffs>>,
 }
 
 #[derive(Debug, Clone, Default)]

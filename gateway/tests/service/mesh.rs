@@ -15,7 +15,9 @@ use oc_gateway::{
 use oc_mesh::{
     api_key::ApiKey,
     clock::SystemClock,
+    endpoint::Endpoint,
     file_url::FileUrlSigner,
+    handoff::{self, Handoffs},
     keys, record,
     store::{self, SharedStore, Txn, TxnOutcome},
     token::TokenSigner,
@@ -102,7 +104,10 @@ impl Mesh {
             .add_service(PortServiceServer::new(agent.clone()))
             .add_service(NetworkServiceServer::new(agent.clone()))
             .add_service(AgentSessionServiceServer::new(agent.clone()));
-        serve(&mut tasks, &stop, &directory.path().join("agent.sock"), routes);
+        let socket = directory.path().join("agent.sock");
+        let handoffs = handoff::socket_of(&Endpoint::Unix(socket.clone())).unwrap();
+        *agent.0.handoffs.lock() = Some(Handoffs::open(&handoffs).await.unwrap());
+        serve(&mut tasks, &stop, &socket, routes);
         let scheduler = FakeScheduler::default();
         let routes = Routes::new(SandboxServiceServer::new(scheduler.clone()))
             .add_service(CheckpointServiceServer::new(scheduler.clone()))

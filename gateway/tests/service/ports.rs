@@ -46,6 +46,13 @@ impl PortService for FakeAgent {
             .await
             .map_err(|error| status(Reason::PortNotListening, error.to_string()))?;
         socket.set_nodelay(true).unwrap();
+        let handoffs = self.0.handoffs.lock().clone();
+        if let Some(handoffs) = handoffs {
+            let offer = handoffs.offer(&first.handoff_key, socket.into_std().unwrap().into()).unwrap();
+            let said = stream::iter([Ok(ForwardPortResponse { is_handed_over: true, ..Default::default() })]);
+            let held = stream::once(offer.held_for(parts)).filter_map(async |held| held.err().map(Err));
+            return Ok(tonic::Response::new(Box::pin(said.chain(held))));
+        }
         let (mut read, mut write) = socket.into_split();
         tokio::spawn(async move {
             while let Ok(Some(part)) = parts.message().await {
@@ -61,7 +68,7 @@ impl PortService for FakeAgent {
                 let length = read.read(&mut buffer).await
                     .map_err(|error| status(Reason::PortReset, error.to_string()))?;
                 buffer.truncate(length);
-                yield ForwardPortResponse { data: buffer.into() };
+                yield ForwardPortResponse { data: buffer.into(), ..Default::default() };
                 if length == 0 {
                     break;
                 }

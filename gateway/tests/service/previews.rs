@@ -7,7 +7,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use http::{Method, Request, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, Full, StreamBody};
-use oc_gateway::listener::Limits;
+use oc_gateway::{app::Settings, listener::Limits};
 use oc_mesh::keys;
 use oc_proto::{
     mesh::{PreviewDomain, PreviewEntry, SandboxRecord},
@@ -84,43 +84,62 @@ async fn raw(mesh: &Mesh, text: &str) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// Meshes with a host that hands connections to ports over, and with one that carries their bytes.
+async fn both_ways(change: fn(&mut Settings)) -> [Mesh; 2] {
+    let (over, carried) =
+        (Mesh::with(Limits::default(), change).await, Mesh::with(Limits::default(), change).await);
+    carried.agent.0.handoffs.lock().take();
+    [over, carried]
+}
+
 #[tokio::test]
 async fn a_port_is_reached_by_both_versions_and_learns_who_asks() {
-    let (mesh, server) = (Mesh::start().await, Server::start().await);
-    let name = host(SANDBOX, server.port);
-    let headers = [
-        ("x-forwarded-for", "10.0.0.1"),
-        ("x-forwarded-proto", "https"),
-        ("forwarded", "for=10.0.0.1"),
-        ("connection", "x-hop"),
-        ("x-hop", "1"),
-        ("te", "trailers"),
-        ("oc-tenant", "root"),
-        ("authorization", "Basic eDp5"),
-        ("cookie", "a=b"),
-        ("x-request-id", "r-7"),
-    ];
-    let answer = get(&mesh, &name, "/echo?a=%20b", &headers).await;
-    assert_eq!((answer.status, &answer.headers["x-request-id"]), (StatusCode::OK, &"r-7".parse().unwrap()));
-    assert!(!answer.headers.contains_key("keep-alive"));
-    let told = answer.json();
-    assert_eq!((&told["method"], &told["target"]), (&"GET".into(), &"/echo?a=%20b".into()));
-    let seen = &told["headers"];
-    assert_eq!(seen["host"], name);
-    assert_eq!((&seen["x-forwarded-host"], &seen["x-forwarded-port"]), (&name.clone().into(), &"80".into()));
-    assert_eq!((&seen["x-forwarded-for"], &seen["x-forwarded-proto"]), (&"127.0.0.1".into(), &"http".into()));
-    assert_eq!((&seen["authorization"], &seen["cookie"]), (&"Basic eDp5".into(), &"a=b".into()));
-    for gone in ["forwarded", "x-hop", "te", "connection", "transfer-encoding"] {
-        assert!(seen.get(gone).is_none(), "{gone}: {seen}");
+    for mesh in both_ways(|_| ()).await {
+        let server = Server::start().await;
+        let name = host(SANDBOX, server.port);
+        let headers = [
+            ("x-forwarded-for", "10.0.0.1"),
+            ("x-forwarded-proto", "https"),
+            ("forwarded", "for=10.0.0.1"),
+            ("connection", "x-hop"),
+            ("x-hop", "1"),
+            ("te", "trailers"),
+            ("oc-tenant", "root"),
+            ("authorization", "Basic eDp5"),
+            ("cookie", "a=b"),
+            ("x-request-id", "r-7"),
+        ];
+        let answer = get(&mesh, &name, "/echo?a=%20b", &headers).await;
+        assert_eq!(
+            (answer.status, &answer.headers["x-request-id"]),
+            (StatusCode::OK, &"r-7".parse().unwrap())
+        );
+        assert!(!answer.headers.contains_key("keep-alive"));
+        let told = answer.json();
+        assert_eq!((&told["method"], &told["target"]), (&"GET".into(), &"/echo?a=%20b".into()));
+        let seen = &told["headers"];
+        assert_eq!(seen["host"], name);
+        assert_eq!(
+            (&seen["x-forwarded-host"], &seen["x-forwarded-port"]),
+            (&name.clone().into(), &"80".into())
+        );
+        assert_eq!(
+            (&seen["x-forwarded-for"], &seen["x-forwarded-proto"]),
+            (&"127.0.0.1".into(), &"http".into())
+        );
+        assert_eq!((&seen["authorization"], &seen["cookie"]), (&"Basic eDp5".into(), &"a=b".into()));
+        for gone in ["forwarded", "x-hop", "te", "connection", "transfer-encoding"] {
+            assert!(seen.get(gone).is_none(), "{gone}: {seen}");
+        }
+        let answer = get_h2(&mesh, &name, "/healthz").await;
+        assert_eq!((answer.status, &answer.json()["target"]), (StatusCode::OK, &"/healthz".into()));
+        assert_eq!(answer.json()["headers"]["host"], name);
+        // One after the other they share a connection.
+        assert_eq!(server.connections(), 1);
+        let calls = mesh.agent.0.calls.lock();
+        assert!(calls.iter().all(|(rpc, sandbox, caller)| (*rpc, sandbox.as_str(), caller.tenant.as_str())
+            == ("ForwardPort", SANDBOX, "ours")));
     }
-    let answer = get_h2(&mesh, &name, "/healthz").await;
-    assert_eq!((answer.status, &answer.json()["target"]), (StatusCode::OK, &"/healthz".into()));
-    assert_eq!(answer.json()["headers"]["host"], name);
-    // One after the other they share a connection.
-    assert_eq!(server.connections(), 1);
-    let calls = mesh.agent.0.calls.lock();
-    assert!(calls.iter().all(|(rpc, sandbox, caller)| (*rpc, sandbox.as_str(), caller.tenant.as_str())
-        == ("ForwardPort", SANDBOX, "ours")));
 }
 
 #[tokio::test]
@@ -154,61 +173,67 @@ async fn a_proxy_of_ours_says_whom_it_asks_for() {
 #[tokio::test]
 async fn bodies_of_any_size_pass_both_ways() {
     const SIZE: usize = 48 << 20;
-    let (mesh, server) = (Mesh::start().await, Server::start().await);
-    let name = host(SANDBOX, server.port);
-    let answer = get(&mesh, &name, &format!("/big/{SIZE}"), &[]).await;
-    assert_eq!(answer.body.len(), SIZE);
-    assert!(
-        answer
-            .body
-            .chunks(64 << 10)
-            .enumerate()
-            .all(|(index, piece)| piece.iter().all(|byte| *byte == index as u8))
-    );
-    let piece = Bytes::from(vec![7; 1 << 20]);
-    let frames = (0..SIZE >> 20).map(move |_| Ok::<_, tonic::Status>(Frame::data(piece.clone())));
-    let body = Body::new(StreamBody::new(futures_util::stream::iter(frames)));
-    let mut upload = request(&mesh, false, &name, "/echo", &[], body);
-    *upload.method_mut() = Method::PUT;
-    let answer = collect(client(false).request(upload).await.unwrap()).await;
-    assert_eq!(answer.json()["bytes"], SIZE);
-    let mut sized =
-        request(&mesh, false, &name, "/echo", &[], Body::new(Full::new(Bytes::from_static(b"12345"))));
-    *sized.method_mut() = Method::POST;
-    let told = collect(client(false).request(sized).await.unwrap()).await.json();
-    assert_eq!((&told["bytes"], &told["headers"]["content-length"]), (&5.into(), &"5".into()));
+    for mesh in both_ways(|_| ()).await {
+        let server = Server::start().await;
+        let name = host(SANDBOX, server.port);
+        let answer = get(&mesh, &name, &format!("/big/{SIZE}"), &[]).await;
+        assert_eq!(answer.body.len(), SIZE);
+        assert!(
+            answer
+                .body
+                .chunks(64 << 10)
+                .enumerate()
+                .all(|(index, piece)| piece.iter().all(|byte| *byte == index as u8))
+        );
+        let piece = Bytes::from(vec![7; 1 << 20]);
+        let frames = (0..SIZE >> 20).map(move |_| Ok::<_, tonic::Status>(Frame::data(piece.clone())));
+        let body = Body::new(StreamBody::new(futures_util::stream::iter(frames)));
+        let mut upload = request(&mesh, false, &name, "/echo", &[], body);
+        *upload.method_mut() = Method::PUT;
+        let answer = collect(client(false).request(upload).await.unwrap()).await;
+        assert_eq!(answer.json()["bytes"], SIZE);
+        let mut sized =
+            request(&mesh, false, &name, "/echo", &[], Body::new(Full::new(Bytes::from_static(b"12345"))));
+        *sized.method_mut() = Method::POST;
+        let told = collect(client(false).request(sized).await.unwrap()).await.json();
+        assert_eq!((&told["bytes"], &told["headers"]["content-length"]), (&5.into(), &"5".into()));
+    }
 }
 
 #[tokio::test]
 async fn events_come_as_they_happen() {
-    let (mesh, server) = (Mesh::start().await, Server::start().await);
-    let asked = request(&mesh, false, &host(SANDBOX, server.port), "/events", &[], Body::empty());
-    let response = client(false).request(asked).await.unwrap();
-    let mut events = response.into_body();
-    for number in 0..3 {
-        server.say.notify_one();
-        let event = tokio::time::timeout(PATIENCE, events.frame()).await.unwrap().unwrap().unwrap();
-        assert_eq!(event.into_data().unwrap(), format!("data: {number}\n\n"));
+    for mesh in both_ways(|_| ()).await {
+        let server = Server::start().await;
+        let asked = request(&mesh, false, &host(SANDBOX, server.port), "/events", &[], Body::empty());
+        let response = client(false).request(asked).await.unwrap();
+        let mut events = response.into_body();
+        for number in 0..3 {
+            server.say.notify_one();
+            let event = tokio::time::timeout(PATIENCE, events.frame()).await.unwrap().unwrap().unwrap();
+            assert_eq!(event.into_data().unwrap(), format!("data: {number}\n\n"));
+        }
     }
 }
 
 #[tokio::test]
 async fn websockets_pass_and_hold_a_place_until_they_end() {
-    let (mesh, server) = (Mesh::start().await, Server::start().await);
-    let stream = TcpStream::connect(mesh.address).await.unwrap();
-    let asked = format!("ws://{}:{}/ws", host(SANDBOX, server.port), mesh.address.port())
-        .into_client_request()
-        .unwrap();
-    let (mut socket, answer) = tokio_tungstenite::client_async(asked, stream).await.unwrap();
-    assert!(answer.headers().contains_key("x-request-id"));
-    for size in [0, 5, 300 << 10] {
-        let message = Message::binary(vec![3; size]);
-        socket.send(message.clone()).await.unwrap();
-        assert_eq!(socket.next().await.unwrap().unwrap(), message);
+    for mesh in both_ways(|_| ()).await {
+        let server = Server::start().await;
+        let stream = TcpStream::connect(mesh.address).await.unwrap();
+        let asked = format!("ws://{}:{}/ws", host(SANDBOX, server.port), mesh.address.port())
+            .into_client_request()
+            .unwrap();
+        let (mut socket, answer) = tokio_tungstenite::client_async(asked, stream).await.unwrap();
+        assert!(answer.headers().contains_key("x-request-id"));
+        for size in [0, 5, 300 << 10] {
+            let message = Message::binary(vec![3; size]);
+            socket.send(message.clone()).await.unwrap();
+            assert_eq!(socket.next().await.unwrap().unwrap(), message);
+        }
+        // The gateway ends them when it goes down.
+        mesh.stop.cancel();
+        assert!(!matches!(tokio::time::timeout(PATIENCE, socket.next()).await.unwrap(), Some(Ok(_))));
     }
-    // The gateway ends them when it goes down.
-    mesh.stop.cancel();
-    assert!(!matches!(tokio::time::timeout(PATIENCE, socket.next()).await.unwrap(), Some(Ok(_))));
 }
 
 #[tokio::test]
@@ -360,52 +385,54 @@ async fn what_two_parsers_could_read_in_two_ways_never_reaches_a_port() {
 
 #[tokio::test]
 async fn ports_that_misbehave_are_told_and_none_hangs() {
-    let mesh =
-        Mesh::with(Limits::default(), |settings| settings.previews.answer = Duration::from_millis(300)).await;
-    let server = Server::start().await;
-    let late = get(&mesh, &host(SANDBOX, server.port), "/never", &[]).await;
-    assert_eq!(late.error(), (504, "DEADLINE_EXCEEDED".into()));
-    for (bytes, reason) in [
-        (&b""[..], "PORT_RESET"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "PORT_RESET"),
-        (b"HTTP/1.1 200 OK\r\nContent-Le", "PORT_RESET"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", "PORT_RESET"),
-        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "PORT_RESET"),
-    ] {
-        let (port, _tasks) = says(bytes).await;
-        let answer = get(&mesh, &host(SANDBOX, port), "/", &[]).await;
-        assert_eq!(answer.error(), (502, reason.into()), "{}", String::from_utf8_lossy(bytes));
-    }
-    // One that breaks amid its answer must not look whole.
-    for bytes in [
-        &b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"[..],
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nha",
-    ] {
-        let (port, _tasks) = says(bytes).await;
-        let asked = request(&mesh, false, &host(SANDBOX, port), "/", &[], Body::empty());
-        // It may break before its head is on the way.
-        if let Ok(response) = client(false).request(asked).await {
-            assert!(response.into_body().collect().await.is_err());
+    for mesh in both_ways(|settings| settings.previews.answer = Duration::from_millis(300)).await {
+        let server = Server::start().await;
+        let late = get(&mesh, &host(SANDBOX, server.port), "/never", &[]).await;
+        assert_eq!(late.error(), (504, "DEADLINE_EXCEEDED".into()));
+        for (bytes, reason) in [
+            (&b""[..], "PORT_RESET"),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", "PORT_RESET"),
+            (b"HTTP/1.1 200 OK\r\nContent-Le", "PORT_RESET"),
+            (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", "PORT_RESET"),
+            (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "PORT_RESET"),
+        ] {
+            let (port, _tasks) = says(bytes).await;
+            let answer = get(&mesh, &host(SANDBOX, port), "/", &[]).await;
+            assert_eq!(answer.error(), (502, reason.into()), "{}", String::from_utf8_lossy(bytes));
         }
+        // One that breaks amid its answer must not look whole.
+        for bytes in [
+            &b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"[..],
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nha",
+        ] {
+            let (port, _tasks) = says(bytes).await;
+            let asked = request(&mesh, false, &host(SANDBOX, port), "/", &[], Body::empty());
+            // It may break before its head is on the way.
+            if let Ok(response) = client(false).request(asked).await {
+                assert!(response.into_body().collect().await.is_err());
+            }
+        }
+        // One of HTTP/1.0 ends its answer by its end.
+        let (port, _tasks) = says(b"HTTP/1.0 200 OK\r\n\r\nwhole").await;
+        assert_eq!(get(&mesh, &host(SANDBOX, port), "/", &[]).await.body, "whole");
     }
-    // One of HTTP/1.0 ends its answer by its end.
-    let (port, _tasks) = says(b"HTTP/1.0 200 OK\r\n\r\nwhole").await;
-    assert_eq!(get(&mesh, &host(SANDBOX, port), "/", &[]).await.body, "whole");
 }
 
 #[tokio::test]
 async fn connections_that_a_port_has_ended_are_replaced() {
-    let (mesh, server) = (Mesh::start().await, Server::start().await);
-    let name = host(SANDBOX, server.port);
-    for _ in 0..5 {
-        assert_eq!(get(&mesh, &name, "/once", &[]).await.status, 200);
-        assert_eq!(get(&mesh, &name, "/echo", &[]).await.status, 200);
+    for mesh in both_ways(|_| ()).await {
+        let server = Server::start().await;
+        let name = host(SANDBOX, server.port);
+        for _ in 0..5 {
+            assert_eq!(get(&mesh, &name, "/once", &[]).await.status, 200);
+            assert_eq!(get(&mesh, &name, "/echo", &[]).await.status, 200);
+        }
     }
 }
 
 #[tokio::test]
 async fn one_sandbox_takes_no_more_than_its_places() {
-    let limits = |settings: &mut oc_gateway::app::Settings| {
+    let limits = |settings: &mut Settings| {
         settings.previews.per_sandbox = 2;
         settings.previews.place = Duration::from_millis(200);
     };

@@ -41,7 +41,7 @@ impl Listener {
 
 /// A Unix socket and its file.
 #[derive(Debug)]
-pub(super) struct OwnSocket {
+pub(crate) struct OwnSocket {
     // Dropped first: while the socket still listens nobody takes the file for a dead one's and puts another there.
     _file: SocketFile,
     listener: UnixListener,
@@ -50,7 +50,7 @@ pub(super) struct OwnSocket {
 impl OwnSocket {
     /// Listens on a Unix socket that only our own user can connect to. The file that a dead process left is replaced;
     /// a socket that somebody listens on, and a file that is no socket, are not touched.
-    async fn bind(path: &Path) -> io::Result<Self> {
+    pub(crate) async fn bind(path: &Path) -> io::Result<Self> {
         // Of several processes that start at once, one looks and binds at a time.
         let _lock = lock_directory(path).await?;
         remove_stale(path).await?;
@@ -60,6 +60,16 @@ impl OwnSocket {
         socket.bind(path)?;
         let file = SocketFile(path.to_owned());
         Ok(Self { _file: file, listener: socket.listen(BACKLOG)? })
+    }
+
+    /// The next connection.
+    pub(crate) async fn accept(&self) -> UnixStream {
+        loop {
+            match self.listener.accept().await {
+                Ok((connection, _)) => return connection,
+                Err(error) => pause(&error).await,
+            }
+        }
     }
 }
 
@@ -104,10 +114,7 @@ pub(super) fn unix_connections(socket: OwnSocket) -> impl Stream<Item = io::Resu
     async_stream::stream! {
         let socket = socket;
         loop {
-            match socket.listener.accept().await {
-                Ok((connection, _)) => yield Ok(connection),
-                Err(error) => pause(&error).await,
-            }
+            yield Ok(socket.accept().await);
         }
     }
 }

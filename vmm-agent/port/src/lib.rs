@@ -173,7 +173,7 @@ impl<R: Unpin> Stream for Connection<R> {
                         this.state = State::Read;
                     }
                     // The last one is empty, which says so.
-                    return Poll::Ready(Some(Ok(ForwardPortResponse { data })));
+                    return Poll::Ready(Some(Ok(ForwardPortResponse { data, ..Default::default() })));
                 }
                 Poll::Ready(Err(error)) => {
                     this.state = State::Broken;

@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, io, path::Path, sync::Arc};
 
 use fs_err as fs;
+use oc_mesh::handoff::Handoffs;
 
 use super::{
     home::Home,
@@ -30,15 +31,21 @@ fn failed(error: io::Error) -> MakeError {
 impl Interfaces {
     /// Those of the agent called `names`, which can be removed.
     pub fn for_removal(names: Names) -> Self {
-        Self { names, network: None, sockets: Sockets::default() }
+        Self { names, network: None, sockets: Sockets::new(None) }
     }
 
-    /// Readies them for the VMs in `homes`, or sees that none are made where there are no `settings`.
+    /// Readies them for the VMs in `homes`, or sees that none are made where there are no `settings`. Connections to their ports
+    /// are handed over by `handoffs`, if at all.
     ///
     /// # Errors
     ///
     /// If this host does not permit.
-    pub async fn open(names: Names, homes: &Path, settings: Option<Settings>) -> io::Result<Self> {
+    pub async fn open(
+        names: Names,
+        homes: &Path,
+        settings: Option<Settings>,
+        handoffs: Option<Handoffs>,
+    ) -> io::Result<Self> {
         let used = used(&names, homes)?;
         let network = match settings {
             Some(settings) => Some(Network::open(names.clone(), settings, used).await?),
@@ -51,7 +58,7 @@ impl Interfaces {
                 None
             }
         };
-        Ok(Self { names, network, sockets: Sockets::default() })
+        Ok(Self { names, network, sockets: Sockets::new(handoffs) })
     }
 
     /// Stops what makes them.

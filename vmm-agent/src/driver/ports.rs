@@ -1,21 +1,29 @@
 //! `oc.v1.PortService` as a host answers it for a guest that has a network: by a connection from the VM's own namespace
 //! (docs/decisions/0020).
 //!
+//! A caller on this machine that wants the connection itself is [handed](oc_mesh::handoff) it: what both say then passes us by.
+//!
 //! The first message of a call says which port is meant. What does not take a connection there, such as a server that
 //! listens on the guest's loopback alone, the guest tries itself: the call is passed on to it unread, as it came, and so is one
 //! that says nothing of use.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
-use futures_util::{StreamExt as _, stream};
+use futures_util::{
+    Stream, StreamExt as _,
+    stream::{self, BoxStream},
+};
 use http::{HeaderValue, header};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, BodyStream, StreamBody};
 use nix::sys::resource::{Resource, getrlimit};
-use oc_mesh::error::{Reason, status};
+use oc_mesh::{
+    error::{Reason, status},
+    handoff::{Handoffs, Offer},
+};
 use oc_port::{Connection, MAX_CONNECTIONS, MAX_MESSAGE};
-use oc_proto::v1::ForwardPortRequest;
+use oc_proto::v1::{ForwardPortRequest, ForwardPortResponse};
 use prost::Message as _;
 use tokio::{
     net::{TcpSocket, TcpStream},
@@ -47,13 +55,18 @@ const PREFIX: usize = 5;
 /// Sockets for the ports of all guests of a host: half of what it may have open (`RLIMIT_NOFILE`), so that whatever guests and
 /// their callers do, there are files for the rest. Clones are the same.
 #[derive(Clone, Debug)]
-pub struct Sockets(Arc<Semaphore>);
+pub struct Sockets {
+    room: Arc<Semaphore>,
+    /// Where this machine's own callers fetch them; none has any where we are called from others.
+    handoffs: Option<Handoffs>,
+}
 
-impl Default for Sockets {
-    fn default() -> Self {
+impl Sockets {
+    /// As many as this process may have, handed over by `handoffs` to who wants that.
+    pub fn new(handoffs: Option<Handoffs>) -> Self {
         let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(files, _)| files / 2);
         let files = usize::try_from(files).unwrap_or(usize::MAX);
-        Self(Arc::new(Semaphore::new(files.min(Semaphore::MAX_PERMITS))))
+        Self { room: Arc::new(Semaphore::new(files.min(Semaphore::MAX_PERMITS))), handoffs }
     }
 }
 
@@ -97,7 +110,8 @@ impl Ports {
             };
             match self.connect(port).await {
                 Ok((socket, one)) => {
-                    return Ok(answer(socket, body, (room, one)).await.unwrap_or_else(Status::into_http));
+                    let answered = self.answer(socket, body, (room, one)).await;
+                    return Ok(answered.unwrap_or_else(Status::into_http));
                 }
                 Err(error) => debug!(port, %error, "not connected by the network: the guest tries itself"),
             }
@@ -106,10 +120,40 @@ impl Ports {
     }
 
     async fn connect(&self, port: u16) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
-        let one = Arc::clone(&self.sockets.0).try_acquire_owned().map_err(io::Error::other)?;
+        let one = Arc::clone(&self.sockets.room).try_acquire_owned().map_err(io::Error::other)?;
         let socket = self.namespace.enter(TcpSocket::new_v4).await?;
         let connected = timeout(ANSWERS_WITHIN, socket.connect(SocketAddr::from((GUEST, port)))).await??;
+        // What is sent in small pieces is not held back to make larger ones.
+        connected.set_nodelay(true)?;
         Ok((connected, one))
+    }
+
+    /// Answers the call with what `socket` says, and tells that what the caller does; or has the caller fetch it.
+    async fn answer(
+        &self,
+        socket: TcpStream,
+        body: Body,
+        room: Room,
+    ) -> Result<http::Response<Body>, Status> {
+        let mut codec = ProstCodec::<_, ForwardPortRequest>::default();
+        // A call that is broken off does not end as one that is complete, whichever way (tonic takes the one for the other).
+        let body = body.map_err(|error| Status::aborted(format!("broken off: {error}")));
+        let mut parts = Streaming::new_request(codec.decoder(), body, None, Some(MAX_MESSAGE));
+        let first = parts.message().await?.unwrap_or_default();
+        let messages: BoxStream<'static, _> = match &self.sockets.handoffs {
+            Some(handoffs) if first.data.is_empty() && !first.handoff_key.is_empty() => {
+                let unusable = || status(Reason::InvalidArgument, "`handoffKey` must be 32 bytes of its own");
+                // Ours to watch no more, and to break off still.
+                let socket = socket.into_std().map_err(|error| reset(error.to_string()))?;
+                let offer = handoffs.offer(&first.handoff_key, socket.into()).ok_or_else(unusable)?;
+                handed_over(offer, parts, room).boxed()
+            }
+            _ => Connection::new(socket, first.data, parts, reset, room)?.boxed(),
+        };
+        let body = EncodeBody::new_server(codec.encoder(), messages, None, Default::default(), None);
+        let mut response = http::Response::new(Body::new(body));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        Ok(response)
     }
 }
 
@@ -155,18 +199,18 @@ fn first(begun: &[u8]) -> Begun {
     }
 }
 
-/// Answers the call with what `socket` says, and tells that what the caller does.
-async fn answer(socket: TcpStream, body: Body, room: Room) -> Result<http::Response<Body>, Status> {
-    let mut codec = ProstCodec::<_, ForwardPortRequest>::default();
-    // A call that is broken off does not end as one that is complete, whichever way (tonic takes the one for the other).
-    let body = body.map_err(|error| Status::aborted(format!("broken off: {error}")));
-    let mut parts = Streaming::new_request(codec.decoder(), body, None, Some(MAX_MESSAGE));
-    let first = parts.message().await?.unwrap_or_default();
-    let connection = Connection::new(socket, first.data, parts, reset, room)?;
-    let body = EncodeBody::new_server(codec.encoder(), connection, None, Default::default(), None);
-    let mut response = http::Response::new(Body::new(body));
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-    Ok(response)
+/// Says so, and keeps the connection's room until the caller ends the call.
+fn handed_over(
+    offer: Offer,
+    parts: Streaming<ForwardPortRequest>,
+    room: Room,
+) -> impl Stream<Item = Result<ForwardPortResponse, Status>> {
+    let said = ForwardPortResponse { is_handed_over: true, ..Default::default() };
+    let rest = async move {
+        let _room = room;
+        offer.held_for(parts).await.err().map(Err)
+    };
+    stream::iter([Ok(said)]).chain(stream::once(rest).filter_map(future::ready))
 }
 
 fn reset(text: String) -> Status {

@@ -14,7 +14,7 @@ pub struct Ports(pub Arc<Mutex<State>>);
 type Answers = mpsc::Sender<Result<ForwardPortResponse, Status>>;
 
 async fn say(answers: &Answers, data: &[u8]) {
-    let _ = answers.send(Ok(ForwardPortResponse { data: data.to_vec().into() })).await;
+    let _ = answers.send(Ok(ForwardPortResponse { data: data.to_vec().into(), ..Default::default() })).await;
 }
 
 #[tonic::async_trait]

@@ -1,8 +1,8 @@
 //! Requests to ports through the gateway, beside nginx in front of the same server; and to a port in a guest.
 //!
-//! The gateway is one of its own process, with a host's agent that is ours alone: it answers `ForwardPort` by connecting to the
-//! server that nginx proxies to. So both proxies do the same job for the same clients, but the gateway has the hop to the agent
-//! on top, as it has in a mesh. Both write a line for each request. [`bed`] is what they run on, [`load`] who asks.
+//! The gateway is one of its own process, with hosts' agents that are ours alone: they answer `ForwardPort` by connecting to the
+//! server that nginx proxies to. One hands its connections over, as a host on the gateway's machine does; one carries their bytes,
+//! as a host elsewhere does: then the gateway has that hop on top of what nginx does. Both proxies write a line for each request. [`bed`] is what they run on, [`load`] who asks.
 
 pub mod bed;
 pub mod load;
@@ -31,10 +31,11 @@ const OPEN: usize = 10_000;
 
 pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
     let bed = Bed::start(BULK_MIB).await?;
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut ours, mut far, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..=ROUNDS {
         theirs.push(requests(&bed.nginx, CONNECTIONS, ROUND).await.context("nginx")?);
-        ours.push(requests(&bed.gateway, CONNECTIONS, ROUND).await.context("the gateway")?);
+        ours.push(requests(&bed.near, CONNECTIONS, ROUND).await.context("the gateway")?);
+        far.push(requests(&bed.far, CONNECTIONS, ROUND).await.context("the gateway and a host")?);
     }
     // The first of each warms up.
     let per_second =
@@ -45,6 +46,8 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
     table.row("preview: small answers, kept-alive", per_second(&ours), "/s", Target::LeastTimes(0.9, rate));
     table.row("floor: nginx, small answers, p99", tail, "ms", Target::None);
     table.row("preview: small answers, p99", p99(&ours), "ms", Target::MostTimes(1.2, tail));
+    table.row("preview of a host elsewhere: small answers", per_second(&far), "/s", Target::None);
+    table.row("preview of a host elsewhere: small answers, p99", p99(&far), "ms", Target::None);
 
     let bulk = async |proxy: &Proxy| -> anyhow::Result<f64> {
         let mut rates = Vec::new();
@@ -54,11 +57,12 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
         Ok(median(&rates))
     };
     table.row("floor: nginx, a large answer", bulk(&bed.nginx).await?, "MiB/s", Target::None);
-    table.row("preview: a large answer", bulk(&bed.gateway).await?, "MiB/s", Target::None);
+    table.row("preview: a large answer", bulk(&bed.near).await?, "MiB/s", Target::None);
+    table.row("preview of a host elsewhere: a large answer", bulk(&bed.far).await?, "MiB/s", Target::None);
 
     let resident = || processes::memory_kib(bed.gateway_pid, "status", "VmRSS").context("no gateway");
     let before = resident()?;
-    let held = hold(&bed.gateway, OPEN).await.context("open connections")?;
+    let held = hold(&bed.near, OPEN).await.context("open connections")?;
     let grown = resident()?.saturating_sub(before);
     #[expect(clippy::cast_precision_loss, reason = "KiB of one process")]
     let each = grown as f64 / OPEN as f64;

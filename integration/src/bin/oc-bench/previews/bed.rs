@@ -11,9 +11,11 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use bytes::BytesMut;
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt as _, stream};
 use oc_integration::{mesh::eventually, prepared};
 use oc_mesh::{
+    endpoint::Endpoint,
+    handoff::{self, Handoffs},
     keys, record,
     store::{self, Txn},
 };
@@ -29,12 +31,14 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpStream, UnixListener},
     process::{Child, Command},
-    task::JoinHandle,
+    task::JoinSet,
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, Streaming};
 
-const SANDBOX: &str = "sb-00000000000000000000";
+/// A sandbox on a host that shares a machine with the gateway, and one whose host does not.
+const SANDBOXES: [(&str, &str); 2] =
+    [("near", "sb-00000000000000000000"), ("far", "sb-00000000000000000001")];
 
 /// Where requests go.
 #[derive(Clone, Debug)]
@@ -49,12 +53,14 @@ pub struct Proxy {
 pub struct Bed {
     /// nginx.
     pub nginx: Proxy,
-    /// The gateway.
-    pub gateway: Proxy,
+    /// The gateway, to a host on its machine.
+    pub near: Proxy,
+    /// The gateway, to a host that cannot hand connections over.
+    pub far: Proxy,
     /// Its process.
     pub gateway_pid: i32,
     children: Vec<Child>,
-    agent: JoinHandle<()>,
+    agents: JoinSet<()>,
     _directory: tempfile::TempDir,
 }
 
@@ -76,24 +82,25 @@ impl Bed {
             .kill_on_drop(true)
             .spawn()?;
 
-        let agent = agent(&path.join("agent.sock"))?;
         let url = format!("file://{}", path.join("store.db").display());
-        let records = store::open(&url).await?;
-        let host = HostRecord {
-            host_id: "host".into(),
-            endpoint: format!("unix://{}", path.join("agent.sock").display()),
-            ..Default::default()
-        };
-        let sandbox = SandboxRecord {
-            sandbox_id: SANDBOX.into(),
-            tenant: "bench".into(),
-            state: SandboxState::Running.into(),
-            host_id: "host".into(),
-            ..Default::default()
-        };
-        let then =
-            vec![record::put(keys::host("host"), &host), record::put(keys::sandbox(SANDBOX), &sandbox)];
-        records.txn(Txn { compare: vec![], then }).await?;
+        let (records, mut agents) = (store::open(&url).await?, JoinSet::new());
+        for (name, sandbox_id) in SANDBOXES {
+            let endpoint = Endpoint::Unix(path.join(name));
+            let handoffs = handoff::socket_of(&endpoint).filter(|_| name == "near");
+            agents.spawn(agent(&path.join(name), handoffs.as_deref()).await?);
+            let host =
+                HostRecord { host_id: name.into(), endpoint: endpoint.to_string(), ..Default::default() };
+            let sandbox = SandboxRecord {
+                sandbox_id: sandbox_id.into(),
+                tenant: "bench".into(),
+                state: SandboxState::Running.into(),
+                host_id: name.into(),
+                ..Default::default()
+            };
+            let then =
+                vec![record::put(keys::host(name), &host), record::put(keys::sandbox(sandbox_id), &sandbox)];
+            records.txn(Txn { compare: vec![], then }).await?;
+        }
         let log = path.join("gateway.log");
         let gateway = Command::new(prepared::binaries()?.join("oc-gateway"))
             .args(["--store", &url, "--listen", "127.0.0.1:0"])
@@ -108,15 +115,18 @@ impl Bed {
         })
         .await?;
         let gateway_pid = i32::try_from(gateway.id().context("it ended")?)?;
+        let [near, far] =
+            SANDBOXES.map(|(_, id)| Proxy { address, host: format!("{id}-p{server}.preview.localhost") });
         let bed = Self {
             nginx: Proxy { address: SocketAddr::from(([127, 0, 0, 1], proxy)), host: "localhost".into() },
-            gateway: Proxy { address, host: format!("{SANDBOX}-p{server}.preview.localhost") },
+            near,
+            far,
             gateway_pid,
             children: vec![nginx, gateway],
-            agent,
+            agents,
             _directory: directory,
         };
-        for proxy in [&bed.nginx, &bed.gateway] {
+        for proxy in [&bed.nginx, &bed.near, &bed.far] {
             eventually("a proxy", async || super::load::hold(proxy, 1).await).await?;
         }
         Ok(bed)
@@ -124,7 +134,7 @@ impl Bed {
 
     /// Ends everything.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        self.agent.abort();
+        self.agents.shutdown().await;
         for child in &mut self.children {
             // nginx's workers end with their master only if that is asked to.
             let pid = child.id().context("it ended by itself")?.to_string();
@@ -160,21 +170,27 @@ fn config(path: &Path, server: u16, proxy: u16) -> String {
 
 /// An agent that has ports of this machine for ports of sandboxes.
 #[derive(Clone, Debug)]
-struct Agent;
+struct Agent {
+    handoffs: Option<Handoffs>,
+}
 
-fn agent(path: &Path) -> anyhow::Result<JoinHandle<()>> {
+async fn agent(path: &Path, handoffs: Option<&Path>) -> anyhow::Result<impl Future<Output = ()> + use<>> {
+    let handoffs = match handoffs {
+        Some(path) => Some(Handoffs::open(path).await?),
+        None => None,
+    };
     let listener = UnixListener::bind(path)?;
     let server = tonic::transport::Server::builder()
         .initial_stream_window_size(2 << 20)
         .initial_connection_window_size(1 << 30)
         .max_frame_size(512 << 10)
-        .add_service(PortServiceServer::new(Agent))
+        .add_service(PortServiceServer::new(Agent { handoffs }))
         .serve_with_incoming(UnixListenerStream::new(listener));
-    Ok(tokio::spawn(async move {
+    Ok(async move {
         if let Err(error) = server.await {
-            eprintln!("the agent: {error}");
+            eprintln!("an agent: {error}");
         }
-    }))
+    })
 }
 
 type Answers = Pin<Box<dyn Stream<Item = Result<ForwardPortResponse, Status>> + Send>>;
@@ -193,6 +209,14 @@ impl PortService for Agent {
         let broken = |error: std::io::Error| Status::aborted(error.to_string());
         let socket = TcpStream::connect(("127.0.0.1", port)).await.map_err(broken)?;
         socket.set_nodelay(true).map_err(broken)?;
+        if let Some(handoffs) = &self.handoffs {
+            let socket = socket.into_std().map_err(broken)?;
+            let offer = handoffs.offer(&first.handoff_key, socket.into());
+            let offer = offer.ok_or_else(|| Status::invalid_argument("no key"))?;
+            let said = stream::iter([Ok(ForwardPortResponse { is_handed_over: true, ..Default::default() })]);
+            let held = stream::once(offer.held_for(parts)).filter_map(async |held| held.err().map(Err));
+            return Ok(Response::new(Box::pin(said.chain(held))));
+        }
         let (read, mut write) = socket.into_split();
         tokio::spawn(async move {
             while let Ok(Some(part)) = parts.message().await {
@@ -201,19 +225,20 @@ impl PortService for Agent {
                 }
             }
         });
-        let rest = futures_util::stream::unfold(Some((read, BytesMut::new())), async |state| {
+        let rest = stream::unfold(Some((read, BytesMut::new())), async |state| {
             let (mut read, mut buffer) = state?;
             buffer.reserve(256 << 10);
             match read.read_buf(&mut buffer).await {
                 Ok(0) => Some((Ok(ForwardPortResponse::default()), None)),
                 Ok(_) => {
                     let data = buffer.split().freeze();
-                    Some((Ok(ForwardPortResponse { data }), Some((read, buffer))))
+                    let said = ForwardPortResponse { data, ..Default::default() };
+                    Some((Ok(said), Some((read, buffer))))
                 }
                 Err(error) => Some((Err(Status::aborted(error.to_string())), None)),
             }
         });
-        let open = futures_util::stream::iter([Ok(ForwardPortResponse::default())]);
-        Ok(Response::new(Box::pin(futures_util::StreamExt::chain(open, rest))))
+        let open = stream::iter([Ok(ForwardPortResponse::default())]);
+        Ok(Response::new(Box::pin(open.chain(rest))))
     }
 }
