@@ -242,6 +242,10 @@ pub struct Stored {
     pub snapshot_id: String,
     /// That store.
     pub object_store_id: String,
+    /// What its memory depends on.
+    pub snapshot_key: String,
+    /// What its disk is laid over.
+    pub base_digest: String,
 }
 
 impl Stored {
@@ -251,22 +255,25 @@ impl Stored {
             bytes: record.stored_bytes,
             snapshot_id: record.stored_snapshot_id.clone(),
             object_store_id: record.object_store_id.clone(),
+            snapshot_key: record.stored_snapshot_key.clone(),
+            base_digest: record.stored_base_digest.clone(),
         }
     }
 }
 
-/// Its host, whose VMM is `vmm`, has stored it since it was hibernated, or has lost what it had stored.
+/// Its host has stored it since it was hibernated, or has lost what it had stored.
 ///
 /// # Errors
 ///
 /// [`Denied`] unless it is hibernated, and nothing else is being done with it.
-pub fn note_stored(record: &SandboxRecord, stored: &Stored, vmm: &str) -> Result<SandboxRecord, Denied> {
+pub fn note_stored(record: &SandboxRecord, stored: &Stored) -> Result<SandboxRecord, Denied> {
     idle(record)?;
     Ok(SandboxRecord {
         stored_bytes: stored.bytes,
         stored_snapshot_id: stored.snapshot_id.clone(),
         object_store_id: stored.object_store_id.clone(),
-        stored_vmm: vmm.into(),
+        stored_snapshot_key: stored.snapshot_key.clone(),
+        stored_base_digest: stored.base_digest.clone(),
         ..record.clone()
     })
 }
@@ -305,7 +312,8 @@ fn not_in_store(record: &SandboxRecord) -> SandboxRecord {
     SandboxRecord {
         stored_snapshot_id: String::new(),
         object_store_id: String::new(),
-        stored_vmm: String::new(),
+        stored_snapshot_key: String::new(),
+        stored_base_digest: String::new(),
         in_store_alone: false,
         ..record.clone()
     }

@@ -25,35 +25,30 @@ pub struct Need<'a> {
     pub like: Option<&'a Like>,
 }
 
-/// What makes a host as good for a snapshot as the one that took it. What it does not say is of no matter.
+/// What makes a host as good for a snapshot as the one that took it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Like {
     /// The object store that has the snapshot.
     pub object_store_id: String,
-    /// What runs its memory.
-    pub accelerator: Option<String>,
-    /// VMM and version likewise.
-    pub vmm: Option<String>,
+    /// The base image that its disk boots with. Where that is not known, the host sees.
+    pub base_digest: String,
+    /// What its memory depends on; empty if that is not known, or its disk is to boot.
+    pub snapshot_key: String,
 }
 
 impl Like {
-    /// Where the memory of a snapshot goes on: in the same VMM, run in the same way. What is empty is not known.
-    pub fn for_memory(object_store_id: &str, accelerator: &str, vmm: &str) -> Self {
-        let same = |given: &str| (!given.is_empty()).then(|| given.to_owned());
-        Self { accelerator: same(accelerator), vmm: same(vmm), ..Self::for_disk(object_store_id) }
-    }
-
-    /// Where the disk of a snapshot boots.
-    pub fn for_disk(object_store_id: &str) -> Self {
-        Self { object_store_id: object_store_id.to_owned(), ..Self::default() }
+    /// The same, for a snapshot whose disk is to boot.
+    #[must_use]
+    pub fn for_disk(self) -> Self {
+        Self { snapshot_key: String::new(), ..self }
     }
 
     /// Whether a host is.
     pub fn is_met_by(&self, host: &HostRecord) -> bool {
-        let is = |wanted: &Option<String>, given: &str| wanted.as_ref().is_none_or(|wanted| wanted == given);
+        let has = |given: &[String], wanted: &String| wanted.is_empty() || given.contains(wanted);
         host.object_store_id == self.object_store_id
-            && is(&self.accelerator, &host.accelerator)
-            && is(&self.vmm, &host.vmm)
+            && has(&host.base_digests, &self.base_digest)
+            && has(&host.snapshot_keys, &self.snapshot_key)
     }
 }
 
@@ -187,32 +182,34 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_goes_where_its_store_and_its_vmm_are() {
-        let of = |name: &str, store: &str, vmm: &str| HostRecord {
+    fn a_snapshot_goes_where_its_store_and_all_that_it_depends_on_are() {
+        let of = |name: &str, store: &str, key: &str, base: &str| HostRecord {
             object_store_id: store.into(),
-            accelerator: "tcg".into(),
-            vmm: vmm.into(),
+            snapshot_keys: vec!["older".into(), key.into()],
+            base_digests: vec!["older".into(), base.into()],
             ..host(name)
         };
         let hosts = [
-            (of("no-store", "", "QEMU 10"), promised(0)),
-            (of("other-store", "s2", "QEMU 10"), promised(0)),
-            (of("other-vmm", "s1", "QEMU 9"), promised(0)),
-            (of("busy", "s1", "QEMU 10"), promised(9)),
+            (of("no-store", "", "k1", "b1"), promised(0)),
+            (of("other-store", "s2", "k1", "b1"), promised(0)),
+            (of("other-base", "s1", "k2", "b2"), promised(0)),
+            (of("other-processor", "s1", "k2", "b1"), promised(0)),
+            (of("busy", "s1", "k1", "b1"), promised(9)),
         ];
-        let live = Like {
-            object_store_id: "s1".into(),
-            accelerator: Some("tcg".into()),
-            vmm: Some("QEMU 10".into()),
-        };
+        let live = Like { object_store_id: "s1".into(), snapshot_key: "k1".into(), base_digest: "b1".into() };
         assert_eq!(chosen(&hosts, Need { like: Some(&live), ..NEED }).unwrap(), "busy");
-        let full =
-            [(of("busy", "s1", "QEMU 10"), promised(10)), (of("other-vmm", "s1", "QEMU 9"), promised(0))];
+        let full = [
+            (of("busy", "s1", "k1", "b1"), promised(10)),
+            (of("other-processor", "s1", "k2", "b1"), promised(0)),
+        ];
         assert_eq!(chosen(&full, Need { like: Some(&live), ..NEED }), Err(Unplaceable::Full));
-        // A disk boots anywhere.
-        let cold = Like { object_store_id: "s1".into(), ..Default::default() };
-        assert_eq!(chosen(&full, Need { like: Some(&cold), ..NEED }).unwrap(), "other-vmm");
-        assert_eq!(chosen(&hosts[..2], Need { like: Some(&cold), ..NEED }), Err(Unplaceable::NoHost));
+        // A disk boots wherever its base image is.
+        let cold = live.for_disk();
+        assert_eq!(chosen(&full, Need { like: Some(&cold), ..NEED }).unwrap(), "other-processor");
+        assert_eq!(chosen(&hosts[..3], Need { like: Some(&cold), ..NEED }), Err(Unplaceable::NoHost));
+        // What is not known is the host's to see.
+        let unknown = Like { object_store_id: "s1".into(), ..Default::default() };
+        assert_eq!(chosen(&hosts[..3], Need { like: Some(&unknown), ..NEED }).unwrap(), "other-base");
     }
 
     #[test]

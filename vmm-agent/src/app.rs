@@ -140,6 +140,7 @@ fn routes(host: &Host, accelerator: &str, draining: &CancellationToken) -> Route
 }
 
 fn host_record(config: &Config, endpoint: String, backend: &dyn Backend) -> HostRecord {
+    let startable = backend.startable();
     HostRecord {
         host_id: config.host_id.clone(),
         endpoint,
@@ -148,6 +149,8 @@ fn host_record(config: &Config, endpoint: String, backend: &dyn Backend) -> Host
         vmm: backend.vmm(),
         version: oc_mesh::VERSION.to_owned(),
         templates: backend.templates(),
+        snapshot_keys: startable.snapshot_keys,
+        base_digests: startable.base_digests,
         max_sandboxes: i32::try_from(config.limits.max_sandboxes).unwrap_or(i32::MAX),
         memory_capacity_mb: i64::try_from(config.memory_capacity_mb).unwrap_or(i64::MAX),
         pool_ready: 0,

@@ -33,6 +33,9 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Templates that this host can start.
     fn templates(&self) -> Vec<String>;
 
+    /// The snapshots that this host can start, of whichever host.
+    fn startable(&self) -> Startable;
+
     /// Readies the golden snapshot of `kind`, which takes a boot the first time. Many may wait for the same one.
     async fn golden(&self, kind: &Kind) -> Result<(), MakeError>;
 
@@ -129,8 +132,21 @@ pub struct Captured {
     pub disk_bytes: u64,
     /// SHA-256 of its manifest, hex.
     pub manifest_digest: String,
+    /// Digest of all that its memory depends on.
+    pub snapshot_key: String,
+    /// Digest of the base image of its disk.
+    pub base_digest: String,
     /// The object store that has it, too, if one has.
     pub object_store_id: Option<Arc<str>>,
+}
+
+/// Which snapshots a host can start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Startable {
+    /// Those whose memory goes on, by [`Captured::snapshot_key`].
+    pub snapshot_keys: Vec<String>,
+    /// Those whose disk boots, by [`Captured::base_digest`].
+    pub base_digests: Vec<String>,
 }
 
 /// What of a snapshot was found whole, bytes.

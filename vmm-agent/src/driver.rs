@@ -79,7 +79,7 @@ use self::{
     vmm::Vmm,
 };
 use crate::{
-    backend::{Backend, Captured, Instance, Scion, Whole},
+    backend::{Backend, Captured, Instance, Scion, Startable, Whole},
     config::{Config, VmmChoice},
     microvm::{Kind, MakeError},
     network::plan::Names,
@@ -230,6 +230,10 @@ impl Backend for Driver {
 
     fn templates(&self) -> Vec<String> {
         self.parts().map(Parts::templates).unwrap_or_default()
+    }
+
+    fn startable(&self) -> Startable {
+        self.parts().map(Parts::startable).unwrap_or_default()
     }
 
     async fn golden(&self, kind: &Kind) -> Result<(), MakeError> {

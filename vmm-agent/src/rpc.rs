@@ -188,6 +188,8 @@ fn snapshot(captured: &Captured) -> Snapshot {
         pause_us: micros(circumstances.pause),
         freeze_us: micros(circumstances.freeze),
         manifest_digest: captured.manifest_digest.clone(),
+        snapshot_key: captured.snapshot_key.clone(),
+        base_digest: captured.base_digest.clone(),
         created_at: Some(circumstances.taken_at.into()),
         object_store_id: captured.object_store_id.as_deref().unwrap_or_default().to_owned(),
     }
@@ -208,9 +210,8 @@ fn listed(vm: Listed, shelved: Option<Captured>) -> Option<mesh::Vm> {
         Phase::Deleting | Phase::Gone => return None,
     };
     // It is of use as soon as it is in a store.
-    let stored = shelved.and_then(|captured| Some((captured.snapshot_id, captured.object_store_id?)));
-    let (snapshot_id, object_store_id) =
-        stored.map(|(id, store)| (id, store.to_string())).unwrap_or_default();
+    let stored = shelved.filter(|captured| captured.object_store_id.is_some());
+    let stored = stored.as_ref().map(snapshot).unwrap_or_default();
     Some(mesh::Vm {
         sandbox_id: vm.owner.sandbox.to_string(),
         epoch: vm.owner.epoch.0,
@@ -218,8 +219,10 @@ fn listed(vm: Listed, shelved: Option<Captured>) -> Option<mesh::Vm> {
         failure: vm.failure.map(|reason| reason.to_string()).unwrap_or_default(),
         active_at: Some(vm.active_at.into()),
         stored_bytes: signed(vm.stored_bytes),
-        snapshot_id,
-        object_store_id,
+        snapshot_id: stored.snapshot_id,
+        object_store_id: stored.object_store_id,
+        snapshot_key: stored.snapshot_key,
+        base_digest: stored.base_digest,
     })
 }
 

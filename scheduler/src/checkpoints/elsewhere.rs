@@ -5,17 +5,24 @@ use oc_proto::{mesh::CheckpointRecord, v1::CheckpointKind};
 use super::{Checkpoints, shown};
 use crate::{agents::AgentError, placement::Like};
 
-/// What a host must have to make something of a checkpoint that it does not have; `None` if no store has it. The memory
-/// goes on where the same VMM runs it in the same way, the disk boots anywhere.
+/// What a host must have to make something of a checkpoint that it does not have; `None` if no store has it.
 pub(super) fn like_of(record: &CheckpointRecord, is_cold: bool) -> Option<Like> {
     if record.object_store_id.is_empty() {
         return None;
     }
+    let like = Like {
+        object_store_id: record.object_store_id.clone(),
+        base_digest: record.base_digest.clone(),
+        snapshot_key: record.snapshot_key.clone(),
+    };
     let boots = is_cold || shown(record).kind() == CheckpointKind::DiskOnly;
-    Some(match boots {
-        true => Like::for_disk(&record.object_store_id),
-        false => Like::for_memory(&record.object_store_id, &record.accelerator, &record.vmm),
-    })
+    Some(if boots { like.for_disk() } else { like })
+}
+
+/// A host that gets at what the object store has of a checkpoint, whether or not it can make something of it.
+fn reads(record: &CheckpointRecord) -> Option<Like> {
+    let object_store_id = record.object_store_id.clone();
+    (!object_store_id.is_empty()).then(|| Like { object_store_id, ..Like::default() })
 }
 
 /// The record of a checkpoint that is in the store `object_store_id`; as it was where that is empty.
@@ -43,8 +50,8 @@ impl Checkpoints {
         if self.member(&own).is_ok() {
             return Ok(own);
         }
-        let other = like_of(record, true)
-            .and_then(|like| self.sandboxes.agents.any_host(|host| like.is_met_by(host)));
+        let other =
+            reads(record).and_then(|like| self.sandboxes.agents.any_host(|host| like.is_met_by(host)));
         other.ok_or(AgentError::NotMember(own))
     }
 
@@ -71,8 +78,7 @@ impl Checkpoints {
             Err(AgentError::NotMember(_)) => {}
             removed => return removed,
         }
-        let like = like_of(record, true);
-        match (like, agents.any_host(|host| !host.object_store_id.is_empty())) {
+        match (reads(record), agents.any_host(|host| !host.object_store_id.is_empty())) {
             (Some(_), _) => agents.delete_snapshot(&self.host_for(record)?, id).await,
             // It may have been put there just before its host went: whoever says that it was is not there to ask.
             (None, Some(other)) => {

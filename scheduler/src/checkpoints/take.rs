@@ -135,9 +135,6 @@ impl Checkpoints {
     }
 
     fn draft(&self, id: &str, sandbox: &SandboxRecord, order: Order) -> CheckpointRecord {
-        let host = self.sandboxes.agents.hosts().get(&sandbox.host_id);
-        let (accelerator, vmm) =
-            host.map(|host| (host.accelerator.clone(), host.vmm.clone())).unwrap_or_default();
         let size = sandbox.size.unwrap_or_default();
         let checkpoint = Checkpoint {
             checkpoint_id: id.into(),
@@ -160,11 +157,8 @@ impl Checkpoints {
             envs: sandbox.envs.clone(),
             egress: sandbox.egress,
             preview_token_hash: sandbox.preview_token_hash.clone(),
-            deleting: false,
             retention_policy: order.policy,
-            object_store_id: String::new(),
-            accelerator,
-            vmm,
+            ..Default::default()
         }
     }
 
@@ -236,6 +230,11 @@ fn ready(record: &CheckpointRecord, snapshot: &Snapshot) -> CheckpointRecord {
         failure: String::new(),
         ..shown(record)
     };
-    let record = CheckpointRecord { checkpoint: Some(checkpoint), ..record.clone() };
+    let record = CheckpointRecord {
+        checkpoint: Some(checkpoint),
+        snapshot_key: snapshot.snapshot_key.clone(),
+        base_digest: snapshot.base_digest.clone(),
+        ..record.clone()
+    };
     uploaded(&record, &snapshot.object_store_id)
 }

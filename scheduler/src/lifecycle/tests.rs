@@ -76,8 +76,8 @@ fn take(record: &SandboxRecord, step: Step, second: u64) -> Result<SandboxRecord
         Step::Spare => spare(record, now),
         Step::Hibernate => hibernate(record, &HibernateVmResponse { stored_bytes: 7, ..Default::default() }),
         Step::NoteStored => {
-            let stored = Stored { bytes: 9, snapshot_id: "s".into(), object_store_id: "o".into() };
-            note_stored(record, &stored, "QEMU")
+            let (snapshot_id, object_store_id) = ("s".into(), "o".into());
+            note_stored(record, &Stored { bytes: 9, snapshot_id, object_store_id, ..Default::default() })
         }
         Step::LeaveToStore => leave_to_store(record),
         Step::MarkMoving => mark_moving(record),

@@ -119,8 +119,7 @@ impl Sandboxes {
                 self.ledger.step(stored, |record| lifecycle::hibernate(record, &host)).await?;
             }
             Action::NoteStored(what) => {
-                let vmm = self.agents.hosts().get(host_id).map(|host| host.vmm.clone()).unwrap_or_default();
-                self.ledger.step(stored, |record| lifecycle::note_stored(record, what, &vmm)).await?;
+                self.ledger.step(stored, |record| lifecycle::note_stored(record, what)).await?;
             }
             Action::LeaveToStore => {
                 self.ledger.step(stored, lifecycle::leave_to_store).await?;

@@ -203,6 +203,8 @@ fn judge_hibernated(record: &SandboxRecord, vm: Option<&Vm>) -> Option<Action> {
                 bytes: vm.stored_bytes,
                 snapshot_id: vm.snapshot_id.clone(),
                 object_store_id: vm.object_store_id.clone(),
+                snapshot_key: vm.snapshot_key.clone(),
+                base_digest: vm.base_digest.clone(),
             };
             // A host that has just started may not know yet that it is there.
             let is_news = vm.stored_bytes != record.stored_bytes || !vm.snapshot_id.is_empty();

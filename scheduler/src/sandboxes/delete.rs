@@ -113,7 +113,7 @@ impl Sandboxes {
         if id.is_empty() {
             return;
         }
-        let like = Like::for_disk(&record.object_store_id);
+        let like = Like { object_store_id: record.object_store_id.clone(), ..Like::default() };
         let Some(host_id) = self.agents.any_host(|host| like.is_met_by(host)) else {
             tracing::warn!(id, "what the object store has of a deleted sandbox stays: no host reaches it");
             return;

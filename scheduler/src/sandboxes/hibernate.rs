@@ -210,9 +210,7 @@ impl Sandboxes {
             self.ledger.write(Change { sandbox_id, from: Some(found.clone()), to }).await
         };
         match place(like_of(&marked)).await {
-            Err(LedgerError::Unplaceable(Unplaceable::NoHost)) => {
-                place(Like::for_disk(&marked.object_store_id)).await
-            }
+            Err(LedgerError::Unplaceable(Unplaceable::NoHost)) => place(like_of(&marked).for_disk()).await,
             placed => placed,
         }
     }
@@ -237,5 +235,9 @@ impl Sandboxes {
 
 /// Where the memory of a hibernated sandbox goes on.
 fn like_of(record: &SandboxRecord) -> Like {
-    Like::for_memory(&record.object_store_id, &record.accelerator, &record.stored_vmm)
+    Like {
+        object_store_id: record.object_store_id.clone(),
+        base_digest: record.stored_base_digest.clone(),
+        snapshot_key: record.stored_snapshot_key.clone(),
+    }
 }

@@ -1,7 +1,7 @@
 //! What all VMs of a host are made of.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{DirBuilder, Permissions},
     io,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -28,7 +28,10 @@ use super::{
     template::Template,
     vmm::Vmm,
 };
-use crate::microvm::{Kind, MakeError};
+use crate::{
+    backend::Startable,
+    microvm::{Kind, MakeError},
+};
 
 /// Threads of a VMM: its CPUs, and up to 64 of its block layer.
 const MAX_THREADS: u32 = 128;
@@ -239,6 +242,16 @@ impl Parts {
     /// The names of the templates.
     pub fn templates(&self) -> Vec<String> {
         self.bootables.keys().cloned().collect()
+    }
+
+    /// The snapshots that can be started.
+    pub fn startable(&self) -> Startable {
+        let all = || self.bootables.values().chain(&self.kept);
+        let once = |digests: BTreeSet<&String>| digests.into_iter().cloned().collect();
+        Startable {
+            snapshot_keys: once(all().map(|bootable| &bootable.snapshot_key).collect()),
+            base_digests: once(all().map(|bootable| &bootable.template.digest).collect()),
+        }
     }
 
     /// All templates.

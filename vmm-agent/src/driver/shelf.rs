@@ -128,6 +128,8 @@ fn captured(id: &str, manifest: &Manifest, manifest_digest: String) -> Captured 
         memory_changed_bytes: manifest.memory_changed_bytes(),
         disk_bytes: manifest.disk_bytes(),
         manifest_digest,
+        snapshot_key: manifest.origin.snapshot_key.clone(),
+        base_digest: manifest.origin.template_digest.clone(),
         object_store_id: None,
     }
 }

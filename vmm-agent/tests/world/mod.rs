@@ -26,7 +26,9 @@ use oc_proto::{
     },
 };
 use oc_vmm_agent::{
-    backend::{Backend, Captured, Circumstances, Condition, Guest, Instance, Scion, Wanted, Whole},
+    backend::{
+        Backend, Captured, Circumstances, Condition, Guest, Instance, Scion, Startable, Wanted, Whole,
+    },
     capacity::Limits,
     host::Host,
     identity::{Epoch, SandboxId},
@@ -227,6 +229,10 @@ impl Backend for FakeBackend {
         vec!["base".into()]
     }
 
+    fn startable(&self) -> Startable {
+        Startable { snapshot_keys: vec!["fake".into()], base_digests: vec!["base".into()] }
+    }
+
     async fn golden(&self, _: &Kind) -> Result<(), MakeError> {
         self.0.step().await;
         loop {
@@ -383,6 +389,8 @@ impl Instance for FakeInstance {
             memory_changed_bytes: 0,
             disk_bytes: 0,
             manifest_digest: String::new(),
+            snapshot_key: "fake".into(),
+            base_digest: "base".into(),
             object_store_id: None,
         };
         self.world.snapshots.lock().insert(wanted.snapshot_id, captured.clone());

@@ -1,11 +1,14 @@
 //! Checkpoints whose host is gone, full, or has lost them.
 
 use oc_mesh::error::Reason;
-use oc_proto::v1::{CheckpointKind, CheckpointState};
+use oc_proto::{
+    mesh::HostRecord,
+    v1::{CheckpointKind, CheckpointState},
+};
 
 use super::{
     host::Mood,
-    mesh::{HOST, Mesh, STORE, TENANT, order, until, wanted},
+    mesh::{HOST, KEY, Mesh, STORE, TENANT, member, order, until, wanted},
     reason,
 };
 use crate::checkpoints::shown;
@@ -63,6 +66,30 @@ async fn what_its_host_has_no_room_for_goes_to_another_that_is_like_it() {
     let made = mesh.checkpoints.fork(TENANT, &id, wanted(1, false)).await.unwrap();
     assert_eq!(made[0].host_id, OTHER);
     assert_eq!(stranger.with(|state| state.vms.len()), 0);
+}
+
+#[tokio::test]
+async fn in_a_mixed_fleet_a_checkpoint_goes_only_where_it_can_be_restored() {
+    let mesh = Mesh::start().await;
+    let sandbox = mesh.sandbox().await.sandbox_id;
+    let id = shown(&mesh.take(&sandbox, "first").await.unwrap()).checkpoint_id;
+    // One of another processor, kernel or VMM; and one that has not the base image of its disk.
+    let other = mesh.join_as(OTHER, STORE, "key-b").await;
+    let bare = HostRecord { base_digests: vec!["base-b".into()], ..member("host-y", STORE, KEY) };
+    let bare = mesh.join_with(bare).await;
+    mesh.upload(&other).await;
+    bare.with(|state| state.store = other.with(|state| state.store.clone()));
+    mesh.lose_host().await;
+    let live = mesh.checkpoints.fork(TENANT, &id, wanted(1, false)).await;
+    assert_eq!(reason(live), Reason::HostUnavailable);
+    let booted = mesh.checkpoints.fork(TENANT, &id, wanted(3, true)).await.unwrap();
+    assert!(booted.iter().all(|record| record.host_id == OTHER));
+    assert!(other.with(|state| state.used.iter().all(|source| source.disk_only)));
+    assert_eq!(bare.with(|state| state.vms.len()), 0);
+    // One that is like its own.
+    mesh.join("host-z", STORE).await.with(|state| state.store = other.with(|state| state.store.clone()));
+    let live = mesh.checkpoints.fork(TENANT, &id, wanted(3, false)).await.unwrap();
+    assert!(live.iter().all(|record| record.host_id == "host-z"));
 }
 
 #[tokio::test]

@@ -2,13 +2,13 @@
 
 use oc_mesh::error::Reason;
 use oc_proto::{
-    mesh::{SandboxRecord, Snapshot, SnapshotSource},
+    mesh::{HostRecord, SandboxRecord, Snapshot, SnapshotSource},
     v1::SandboxState,
 };
 
 use super::{
     host::{FakeHost, Mood},
-    mesh::{HOST, Mesh, STORE, TENANT, VMM, until},
+    mesh::{BASE, HOST, KEY, Mesh, STORE, TENANT, member, until},
     reason,
 };
 
@@ -21,6 +21,7 @@ async fn hibernated(mesh: &Mesh, id: String, others: &[&FakeHost]) -> SandboxRec
     mesh.host.with(|state| {
         let vm = state.vms.get_mut(&id).unwrap();
         (vm.stored_bytes, vm.snapshot_id, vm.object_store_id) = (7, snapshot_id.clone(), STORE.into());
+        (vm.snapshot_key, vm.base_digest) = (KEY.into(), BASE.into());
     });
     let snapshot = Snapshot { snapshot_id: snapshot_id.clone(), ..Default::default() };
     for host in [&mesh.host].into_iter().chain(others.iter().copied()) {
@@ -32,7 +33,10 @@ async fn hibernated(mesh: &Mesh, id: String, others: &[&FakeHost]) -> SandboxRec
         (noted.stored_snapshot_id.as_str(), noted.object_store_id.as_str()),
         (snapshot_id.as_str(), STORE)
     );
-    assert_eq!((noted.stored_vmm.as_str(), noted.stored_bytes), (VMM, 7));
+    assert_eq!(
+        (noted.stored_snapshot_key.as_str(), noted.stored_base_digest.as_str(), noted.stored_bytes),
+        (KEY, BASE, 7)
+    );
     noted
 }
 
@@ -66,14 +70,17 @@ async fn it_wakes_where_its_object_store_is_and_nothing_of_it_is_left_elsewhere(
 async fn its_disk_boots_where_its_memory_does_not_go_on() {
     let mesh = Mesh::start().await;
     let id = mesh.sandbox().await.sandbox_id;
-    let other = mesh.join_as(OTHER, STORE, "QEMU 9").await;
+    let other = mesh.join_as(OTHER, STORE, "key-b").await;
     let stranger = mesh.join("host-x", "store-x").await;
+    // Its memory goes on there, which is of no use without the disk.
+    let another = HostRecord { base_digests: vec!["base-b".into()], ..member("host-y", STORE, KEY) };
+    let another = mesh.join_with(another).await;
     let asleep = hibernated(&mesh, id, &[&other]).await;
     mesh.lose_host().await;
     let woken = mesh.sandboxes.wake(TENANT, &asleep.sandbox_id, None).await.unwrap();
     assert_eq!(woken.host_id, OTHER);
     assert_eq!(other.with(|state| state.used.clone()), [source(&asleep, true)]);
-    assert_eq!(stranger.with(|state| state.vms.len()), 0);
+    assert_eq!([&stranger, &another].map(|host| host.with(|state| state.vms.len())), [0, 0]);
 }
 
 #[tokio::test]

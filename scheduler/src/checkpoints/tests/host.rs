@@ -21,6 +21,8 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
 
+use super::mesh::{BASE, KEY};
+
 /// How the host does what it is asked.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) enum Mood {
@@ -229,6 +231,8 @@ impl AgentService for FakeHost {
                 freeze_us: 20,
                 manifest_digest: "d1".into(),
                 created_at: Some(self.clock.now().into()),
+                snapshot_key: KEY.into(),
+                base_digest: BASE.into(),
                 ..Default::default()
             };
             state.snapshots.insert(request.snapshot_id.clone(), snapshot.clone());

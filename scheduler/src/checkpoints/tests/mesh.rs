@@ -34,8 +34,10 @@ pub(super) const TENANT: &str = "acme";
 pub(super) const HOST: &str = "host-a";
 /// Its object store.
 pub(super) const STORE: &str = "store-a";
-/// Its VMM.
-pub(super) const VMM: &str = "QEMU 10";
+/// The memories that go on there.
+pub(super) const KEY: &str = "key-a";
+/// Its base image.
+pub(super) const BASE: &str = "base-a";
 
 pub(super) struct Mesh {
     pub(super) sandboxes: Sandboxes,
@@ -69,7 +71,8 @@ impl Mesh {
         let stop = CancellationToken::new();
         let endpoint = Endpoint::Unix(directory.path().join("agent.sock"));
         let host = FakeHost::serve(endpoint.clone(), Arc::new(clock.clone()), stop.clone()).await;
-        let then = vec![record::put(keys::host(HOST), &member(HOST, &endpoint, STORE, VMM))];
+        let record = HostRecord { endpoint: endpoint.to_string(), ..member(HOST, STORE, KEY) };
+        let then = vec![record::put(keys::host(HOST), &record)];
         store.txn(Txn { compare: vec![], then }).await.unwrap();
         Self::around(store, host, clock, stop, directory).await
     }
@@ -131,16 +134,22 @@ impl Mesh {
 
     /// Another host joins, with the object store `object_store_id`.
     pub(super) async fn join(&self, host_id: &str, object_store_id: &str) -> FakeHost {
-        self.join_as(host_id, object_store_id, VMM).await
+        self.join_as(host_id, object_store_id, KEY).await
     }
 
-    /// As [`Mesh::join`], with another VMM.
-    pub(super) async fn join_as(&self, host_id: &str, object_store_id: &str, vmm: &str) -> FakeHost {
-        let endpoint = Endpoint::Unix(self.directory.path().join(host_id));
+    /// As [`Mesh::join`], where other memories go on.
+    pub(super) async fn join_as(&self, host_id: &str, object_store_id: &str, key: &str) -> FakeHost {
+        self.join_with(member(host_id, object_store_id, key)).await
+    }
+
+    /// As [`Mesh::join`], with this record.
+    pub(super) async fn join_with(&self, record: HostRecord) -> FakeHost {
+        let endpoint = Endpoint::Unix(self.directory.path().join(&record.host_id));
         let host = FakeHost::serve(endpoint.clone(), Arc::new(self.clock.clone()), self.stop.clone()).await;
-        let then = vec![record::put(keys::host(host_id), &member(host_id, &endpoint, object_store_id, vmm))];
+        let record = HostRecord { endpoint: endpoint.to_string(), ..record };
+        let then = vec![record::put(keys::host(&record.host_id), &record)];
         self.store.txn(Txn { compare: vec![], then }).await.unwrap();
-        until("it has joined", async || self.sandboxes.agents.hosts().get(host_id).is_some()).await;
+        until("it has joined", async || self.sandboxes.agents.hosts().get(&record.host_id).is_some()).await;
         host
     }
 
@@ -167,7 +176,8 @@ impl Mesh {
     /// It comes back.
     pub(super) async fn find_host(&self) {
         let endpoint = Endpoint::Unix(self.directory.path().join("agent.sock"));
-        let then = vec![record::put(keys::host(HOST), &member(HOST, &endpoint, STORE, VMM))];
+        let record = HostRecord { endpoint: endpoint.to_string(), ..member(HOST, STORE, KEY) };
+        let then = vec![record::put(keys::host(HOST), &record)];
         self.store.txn(Txn { compare: vec![], then }).await.unwrap();
         until("it is back", async || self.sandboxes.agents.hosts().get(HOST).is_some()).await;
     }
@@ -214,17 +224,16 @@ impl Mesh {
 }
 
 /// The record of a host.
-fn member(host_id: &str, endpoint: &Endpoint, object_store_id: &str, vmm: &str) -> HostRecord {
+pub(super) fn member(host_id: &str, object_store_id: &str, key: &str) -> HostRecord {
     HostRecord {
         host_id: host_id.into(),
-        endpoint: endpoint.to_string(),
         templates: vec!["base".into()],
         max_sandboxes: 8,
         memory_capacity_mb: 65_536,
         disk_free_mb: 100_000,
         object_store_id: object_store_id.into(),
-        accelerator: "tcg".into(),
-        vmm: vmm.into(),
+        snapshot_keys: vec![key.into()],
+        base_digests: vec![BASE.into()],
         ..Default::default()
     }
 }

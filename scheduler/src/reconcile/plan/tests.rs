@@ -119,12 +119,12 @@ fn what_a_host_stores_after_it_has_answered_is_noted() {
     let action = judge("here", Some(&hibernated), Some(&stored), moment(2));
     let what = Stored { bytes: 5, ..Default::default() };
     assert_eq!(action, Some(Action::NoteStored(what.clone())));
-    let noted = lifecycle::note_stored(&hibernated, &what, "QEMU").unwrap();
+    let noted = lifecycle::note_stored(&hibernated, &what).unwrap();
     assert_eq!(judged(Some(&noted), Some(&stored), 4), None);
     // It wakes: what is stored is worth nothing any more.
     let waking = lifecycle::mark_waking(&hibernated).unwrap();
     assert_eq!(judged(Some(&waking), Some(&stored), 4), Some("doze"));
-    assert!(lifecycle::note_stored(&waking, &what, "QEMU").is_err());
+    assert!(lifecycle::note_stored(&waking, &what).is_err());
 }
 
 #[test]
@@ -136,10 +136,16 @@ fn what_is_in_an_object_store_outlives_its_host() {
         object_store_id: "store".into(),
         ..vm(VmState::Hibernated, 1, 0)
     };
-    let what = Stored { bytes: 5, snapshot_id: "hibernated-1".into(), object_store_id: "store".into() };
+    let what = Stored {
+        bytes: 5,
+        snapshot_id: "hibernated-1".into(),
+        object_store_id: "store".into(),
+        snapshot_key: "key".into(),
+        base_digest: "base".into(),
+    };
     let action = judge("here", Some(&hibernated), Some(&listed), moment(2));
     assert_eq!(action, Some(Action::NoteStored(what.clone())));
-    let noted = lifecycle::note_stored(&hibernated, &what, "QEMU").unwrap();
+    let noted = lifecycle::note_stored(&hibernated, &what).unwrap();
     assert_eq!(judged(Some(&noted), Some(&listed), 4), None);
     let unsure = Vm { stored_bytes: 5, ..vm(VmState::Hibernated, 1, 0) };
     assert_eq!(judged(Some(&noted), Some(&unsure), 4), None, "its agent has just started");
@@ -281,7 +287,7 @@ impl World {
                 write(&mut self.record, &|r| lifecycle::hibernate(r, &host));
             }
             Action::NoteStored(what) => {
-                write(&mut self.record, &|r| lifecycle::note_stored(r, &what, "QEMU"));
+                write(&mut self.record, &|r| lifecycle::note_stored(r, &what));
             }
             Action::LeaveToStore => write(&mut self.record, &lifecycle::leave_to_store),
             Action::FinishWake => {
