@@ -237,21 +237,28 @@ impl<'a> Wanted<'a> {
     pub async fn fetch(self) -> io::Result<OwnedFd> {
         let mut giver = UnixStream::connect(self.path).await?;
         giver.write_all(&self.key).await?;
-        giver.async_io(Interest::READABLE, || receive(&giver)).await
+        Ok(receive(&giver, &mut [0]).await?.1)
     }
 }
 
-fn receive(giver: &UnixStream) -> io::Result<OwnedFd> {
+/// Receives a descriptor, and the bytes that came with it: how many.
+///
+/// # Errors
+///
+/// `NotFound` if none came.
+pub async fn receive(giver: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, OwnedFd)> {
+    giver.async_io(Interest::READABLE, || try_receive(giver, bytes)).await
+}
+
+fn try_receive(giver: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, OwnedFd)> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    recvmsg(giver, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let received = recvmsg(giver, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let descriptors = control.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
         _ => None,
     });
-    descriptors
-        .flatten()
-        .next()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it is not offered any more"))
+    let descriptor = descriptors.flatten().next();
+    let none = || io::Error::new(io::ErrorKind::NotFound, "no descriptor came");
+    Ok((received.bytes, descriptor.ok_or_else(none)?))
 }

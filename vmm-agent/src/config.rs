@@ -100,6 +100,10 @@ pub struct Args {
     /// Operations of a sandbox on each of its disks under Firecracker, a second; no bound where absent.
     #[arg(long, env = "OC_DISK_IOPS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub disk_iops: Option<u32>,
+    /// Guests under Firecracker get memory of huge pages (2 MiB), of those that the host has set aside (`vm.nr_hugepages`): they
+    /// run faster, but restores and checkpoints take time for all of a guest's memory, and clones share none of it.
+    #[arg(long, env = "OC_HUGE_PAGES")]
+    pub huge_pages: bool,
     /// What runs the guests' instructions under QEMU.
     #[arg(long, env = "OC_ACCELERATOR", value_enum, default_value_t = AcceleratorChoice::Auto)]
     pub accelerator: AcceleratorChoice,
@@ -351,6 +355,7 @@ impl Config {
                 cpu_template: args.cpu_template.map(checked_cpu_template).transpose()?,
                 disk_mib: args.disk_mib,
                 disk_iops: args.disk_iops,
+                huge_pages: args.huge_pages,
             },
             accelerator: args.accelerator,
             snapshots: !args.no_snapshots,

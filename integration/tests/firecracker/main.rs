@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something is not as expected")]
 
 mod bad;
+mod huge;
 mod jailed;
 mod killed;
 mod life;

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use futures_util::StreamExt as _;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -15,6 +16,7 @@ use oc_integration::{
     mesh::{Mesh, PATIENCE, eventually},
     rest::Sandbox,
 };
+use reqwest::Method;
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -40,7 +42,8 @@ socketserver.ThreadingTCPServer.request_queue_size = 64
 socketserver.ThreadingTCPServer(('127.0.0.1', 3000), Echo).serve_forever()
 ";
 
-/// Tells each who it comes from, on ports that differ in where they listen; on the last, writes until that fails, and notes how.
+/// Tells each who it comes from, on ports that differ in where they listen; on the last, an answer of HTTP that goes on until writing it
+/// fails, which is noted.
 const PEERS: &str = "
 import socket, threading, time
 
@@ -57,6 +60,7 @@ def tell(one, peer):
 
 def tick(one, peer):
     try:
+        one.sendall(b'HTTP/1.1 200 OK\\r\\n\\r\\n')
         while True:
             one.sendall(b'.')
             time.sleep(0.1)
@@ -175,8 +179,17 @@ pub async fn a_port_is_reached_wherever_its_server_listens(mesh: Arc<Mesh>) -> a
     ensure!(sandbox.run("test -e ended || echo -n goes on").await? == "goes on", "the parent's has ended");
     timeout(PATIENCE, ticks.read_exact(&mut some)).await??;
 
-    // It ends as its sandbox falls asleep, for both sides.
+    // It ends as its sandbox falls asleep, for both sides; and an answer whose end nothing else tells does not look whole.
+    let name = format!("{}-p3004.preview.localhost", sandbox.id);
+    let shown = rest.anonymous(Method::GET, "/").header("host", name).send().await?;
+    let mut shown = shown.error_for_status()?.bytes_stream();
+    timeout(PATIENCE, shown.next()).await?.context("no answer")??;
     hibernate(&rest, &sandbox).await?;
+    let all = async {
+        while shown.next().await.context("it looks whole")?.is_ok() {}
+        anyhow::Ok(())
+    };
+    timeout(PATIENCE, all).await.context("a preview stands still")??;
     let mut rest_of_it = Vec::new();
     let _ = timeout(PATIENCE, ticks.read_to_end(&mut rest_of_it)).await.context("it stands still")?;
     ended(&sandbox).await?;

@@ -63,7 +63,7 @@ pub fn huge_pages(host: &Host) -> HostCheck {
         match (field("HugePages_Total:"), field("Hugepagesize:")) {
             (Some(0), _) => Ok(Finding::ok("none are set aside")),
             (Some(pages), Some(kib)) => Ok(Finding::ok(format!(
-                "{pages} of {kib} KiB are set aside: {} MiB that no sandbox uses",
+                "{pages} of {kib} KiB are set aside: {} MiB that sandboxes use under Firecracker with --huge-pages alone",
                 pages.saturating_mul(kib) / 1024
             ))),
             _ => Err(Finding::unknown("/proc/meminfo says nothing of huge pages")),

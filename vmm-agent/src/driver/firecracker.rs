@@ -3,9 +3,10 @@
 //!
 //! - [`version`]: which are supported; [`machine`]: what a VMM is told before it boots.
 //! - [`jail`]: what it sees; [`spawn`]: how it gets there; [`api`]: how it is told; [`metrics`]: what it tells.
-//! - [`probe`]: whether a guest boots here.
+//! - [`fill`]: what its memory is filled with, where it cannot map that. [`probe`]: whether a guest boots here.
 
 mod api;
+mod fill;
 mod jail;
 mod machine;
 mod metrics;
@@ -17,6 +18,7 @@ use std::{
     fs::OpenOptions,
     io,
     path::{Path, PathBuf},
+    pin::pin,
     time::Duration,
 };
 
@@ -33,6 +35,7 @@ use tracing::{debug, warn};
 pub use self::machine::{Settings, boot_arguments};
 use self::{
     api::{Api, CHANGE_LAYER, CHANGE_STATE, LOAD, MACHINE, SAVE, STATE},
+    fill::Filler,
     jail::{GUEST, Jail},
     machine::in_jail,
     version::Version,
@@ -112,6 +115,10 @@ impl Firecracker {
             format!("/dev/kvm cannot be opened: {error}; Firecracker needs hardware virtualisation: load kvm_intel or kvm_amd, \
                      run the agent as root, or use --vmm qemu")
         })?;
+        if settings.huge_pages && !has_huge_pages().map_err(|error| error.to_string())? {
+            let remedy = "set vm.nr_hugepages, or run the agent without --huge-pages";
+            return Err(format!("the host has set no huge pages aside: {remedy}"));
+        }
         let name = format!("Firecracker {version}");
         let host_kernel = kernel_line(
             &nix::sys::utsname::uname().map_err(|error| error.to_string())?.release().to_string_lossy(),
@@ -162,14 +169,22 @@ impl Firecracker {
         arguments
     }
 
-    fn machine(&self, home: &Home, jail: Jail) -> Result<Microvm, VmmError> {
+    fn machine(&self, home: &Home, jail: Jail, memory: Option<PathBuf>) -> Result<Microvm, VmmError> {
         let reader = jail.open_metrics().and_then(|fifo| metrics::Reader::open(fifo, home.vm()));
         if let Err(error) = &reader {
             warn!(vm = home.vm(), %error, "what the VMM counts is not read");
         }
         let api = Api::of(jail.clone());
-        Ok(Microvm { home: home.clone(), jail, api, version: self.version, _metrics: reader.ok() })
+        let (home, version) = (home.clone(), self.version);
+        let filled_from = memory.filter(|_| self.settings.huge_pages);
+        Ok(Microvm { home, jail, api, version, filled_from, _metrics: reader.ok() })
     }
+}
+
+/// Whether the host has set huge pages aside.
+fn has_huge_pages() -> io::Result<bool> {
+    let pages = fs_err::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")?;
+    Ok(pages.trim() != "0")
 }
 
 /// The line of kernels that a release is of: snapshots are for hosts of one line (docs/snapshotting/snapshot-support.md).
@@ -233,9 +248,11 @@ impl Vmm for Firecracker {
             lent.push((launch.kernel.to_owned(), machine::KERNEL));
             lent.push((launch.initramfs.to_owned(), machine::INITRAMFS));
         }
-        if let Memory::CopyOf(image) = &launch.memory {
-            lent.push((image.clone(), MEMORY));
-        }
+        let memory = match launch.memory {
+            Memory::CopyOf(image) => Some(image),
+            _ => None,
+        };
+        lent.extend(memory.iter().map(|image| (image.clone(), MEMORY)));
         let (of, program) = (home.clone(), self.program_name.clone());
         let jail = on_disk(move || {
             let jail = Jail::create(&of, &program)?;
@@ -266,7 +283,7 @@ impl Vmm for Firecracker {
             return Err(VmmError::Start(io::Error::other("the VMM ended at once")));
         };
         let process = Process::open(pid).map_err(VmmError::Start)?;
-        let machine = self.machine(&home, jail)?;
+        let machine = self.machine(&home, jail, memory)?;
         machine.answers(&process).await?;
         if launch.start == Start::Boot {
             for (call, body) in machine::calls(&self.settings, launch.kind, network) {
@@ -277,7 +294,7 @@ impl Vmm for Firecracker {
     }
 
     async fn attach(&self, home: &Home) -> Result<Box<dyn Machine>, VmmError> {
-        let machine = self.machine(home, Jail::find(home).map_err(VmmError::Lost)?)?;
+        let machine = self.machine(home, Jail::find(home).map_err(VmmError::Lost)?, None)?;
         machine.api.call(STATE, None).await?;
         Ok(Box::new(machine))
     }
@@ -322,6 +339,8 @@ struct Microvm {
     jail: Jail,
     api: Api,
     version: Version,
+    /// The image that its memory is filled from when it is restored, if it does not map that.
+    filled_from: Option<PathBuf>,
     _metrics: Option<metrics::Reader>,
 }
 
@@ -370,7 +389,31 @@ impl Microvm {
         let machine = self.api.call(MACHINE, None).await?;
         let memory_mb = machine.get("mem_size_mib").and_then(Value::as_u64).unwrap_or(u64::MAX);
         let memory_mb = u32::try_from(memory_mb).unwrap_or(u32::MAX);
-        Ok(if self.version.writes_changes_of(memory_mb) { "Diff" } else { "Full" })
+        // Which pages of a memory of huge ones are written, nobody remembers.
+        let pages = machine.get("huge_pages").and_then(Value::as_str);
+        let tells_changes = pages.is_none_or(|pages| pages != machine::HUGE_PAGES);
+        Ok(if tells_changes && self.version.writes_changes_of(memory_mb) { "Diff" } else { "Full" })
+    }
+
+    /// Loads what `from` says, while its memory is filled from `image`.
+    async fn load_filled(&self, mut from: Value, image: &Path) -> Result<(), VmmError> {
+        let filler = Filler::listen(self.jail.clone(), image.to_owned()).map_err(VmmError::Lost)?;
+        from["mem_backend"] = json!({ "backend_type": "Uffd", "backend_path": in_jail(fill::SOCKET) });
+        let (mut loading, mut filling) = (pin!(self.api.call(LOAD, Some(&from))), pin!(filler.fill()));
+        let unfilled = |error: io::Error| VmmError::Snapshot(format!("its memory cannot be filled: {error}"));
+        let done = tokio::select! {
+            loaded = &mut loading => match loaded {
+                Ok(_) => filling.await.map_err(unfilled),
+                // It may not have asked for its memory, and never will.
+                Err(error) => Err(error),
+            },
+            filled = &mut filling => match filled {
+                Ok(()) => loading.await.map(drop),
+                Err(error) => Err(unfilled(error)),
+            },
+        };
+        self.take_back(&[fill::SOCKET]);
+        done
     }
 }
 
@@ -416,15 +459,17 @@ impl Machine for Microvm {
         let from = json!({
             "snapshot_path": in_jail(STATE_IN),
             "mem_backend": { "backend_type": "File", "backend_path": in_jail(MEMORY) },
-            self.version.tracking_field(): true,
+            self.version.tracking_field(): self.filled_from.is_none(),
             "resume_vm": false,
         });
-        let loaded = self.api.call(LOAD, Some(&from)).await;
+        let loaded = match &self.filled_from {
+            Some(image) => self.load_filled(from, image).await,
+            None => self.api.call(LOAD, Some(&from)).await.map(drop),
+        };
         self.take_back(&[STATE_IN]);
         match loaded {
-            Ok(_) => Ok(()),
             Err(VmmError::Refused { message, .. }) => Err(VmmError::Snapshot(message)),
-            Err(error) => Err(error),
+            loaded => loaded,
         }
     }
 

@@ -8,17 +8,18 @@
 //!     saved.memory, saved.state       what it is saved to, while it is
 //!     api.sock, guest.sock            made by the VMM
 //!     metrics                         a FIFO
+//!     pages.sock                      where it asks for its memory, while it is restored on huge pages
 //! ```
 //!
 //! Files are lent as links, so that whatever becomes of the names in there, the agent has its own. A VMM that was taken over by
 //! its guest can put anything in their place: nothing is opened here by following links.
 
 use std::{
-    fs::{DirBuilder, File},
+    fs::{DirBuilder, File, Permissions},
     io,
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::fs::DirBuilderExt as _,
+        unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -28,7 +29,7 @@ use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkfifoat, openat2},
     io::Errno,
 };
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 
 use crate::driver::{durable, home::Home};
 
@@ -111,6 +112,26 @@ impl Jail {
         let socket = self.open(name, OFlags::PATH, FileType::Socket)?;
         // However deep a home lies, this way is short enough for a socket's address (unix(7)).
         UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
+    }
+
+    /// Listens on a socket called `name`, that the VMM's user alone can connect to.
+    ///
+    /// # Errors
+    ///
+    /// If the disk does not take it.
+    pub fn listen(&self, name: &str) -> io::Result<UnixListener> {
+        self.take_back(name)?;
+        let root = File::open(&self.root)?;
+        let at = format!("/proc/self/fd/{}/{name}", root.as_raw_fd());
+        let listener = UnixListener::bind(&at)?;
+        fs::set_permissions(&at, Permissions::from_mode(0o600))?;
+        std::os::unix::fs::lchown(&at, Some(self.uid), Some(self.uid))?;
+        Ok(listener)
+    }
+
+    /// The VMM's user.
+    pub fn uid(&self) -> u32 {
+        self.uid
     }
 
     /// Opens the FIFO of what the VMM counts, for reading. It need not have been opened for writing.

@@ -23,6 +23,9 @@ const GUEST_CID: u32 = 3;
 /// The network's device.
 pub const NETWORK: &str = "network";
 
+/// What Firecracker calls memory of huge pages.
+pub const HUGE_PAGES: &str = "2M";
+
 /// What a host lets its VMs have, and how its CPU is shown to them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
@@ -36,6 +39,8 @@ pub struct Settings {
     pub disk_mib: Option<u32>,
     /// Operations of a VM on each of its disks, a second.
     pub disk_iops: Option<u32>,
+    /// Whether guests' memory is of huge pages.
+    pub huge_pages: bool,
 }
 
 /// The calls that make a machine of `kind` and start it. Paths are those in its jail; `network` is the guest's MAC and the TAP's
@@ -45,8 +50,12 @@ pub fn calls(settings: &Settings, kind: &Kind, network: Option<([u8; 6], &str)>)
         "vcpu_count": kind.cpu_count,
         "mem_size_mib": kind.memory_mb,
         "smt": false,
-        "track_dirty_pages": true,
+        // With that, the processor's tables would be of small pages all the same (docs/hugepages.md).
+        "track_dirty_pages": !settings.huge_pages,
     });
+    if settings.huge_pages {
+        machine["huge_pages"] = json!(HUGE_PAGES);
+    }
     if let Some(template) = &settings.cpu_template {
         machine["cpu_template"] = json!(template);
     }
@@ -130,6 +139,7 @@ mod tests {
         assert_eq!(plain.last().unwrap().0, ACT);
         let machine = body(&plain, SET_MACHINE);
         assert_eq!((&machine["vcpu_count"], &machine["mem_size_mib"]), (&json!(2), &json!(512)));
+        assert_eq!((machine.get("huge_pages"), &machine["track_dirty_pages"]), (None, &json!(true)));
         assert_eq!((machine.get("cpu_template"), body(&plain, ADD_BASE).get("rate_limiter")), (None, None));
         assert_eq!(body(&plain, ADD_BASE)["is_read_only"], json!(true));
         assert_eq!(body(&plain, ADD_LAYER)["path_on_host"], json!("/layer"));
@@ -139,10 +149,13 @@ mod tests {
             cpu_template: Some("T2CL".into()),
             disk_mib: Some(3),
             disk_iops: Some(70),
+            huge_pages: true,
             ..Settings::default()
         };
         let full = calls(&settings, &kind(), Some((GUEST_MAC, TAP)));
-        assert_eq!(body(&full, SET_MACHINE)["cpu_template"], json!("T2CL"));
+        let machine = body(&full, SET_MACHINE);
+        assert_eq!((&machine["cpu_template"], &machine["huge_pages"]), (&json!("T2CL"), &json!("2M")));
+        assert_eq!(machine["track_dirty_pages"], json!(false));
         let limiter = &body(&full, ADD_LAYER)["rate_limiter"];
         assert_eq!(limiter["bandwidth"], json!({ "size": 3 << 20, "refill_time": 1000 }));
         assert_eq!(limiter["ops"], json!({ "size": 70, "refill_time": 1000 }));
