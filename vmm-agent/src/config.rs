@@ -1,7 +1,8 @@
 //! What the agent is told at its start. Parsed by clap, then checked as a whole, then plain data.
 
 use std::{
-    env,
+    env, fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -410,8 +411,17 @@ fn program(option: &'static str, named: &Path) -> Result<PathBuf, ConfigError> {
         return absolute(option, named);
     }
     let path = env::var_os("PATH").unwrap_or_default();
-    let found = env::split_paths(&path).map(|dir| dir.join(named)).find(|program| program.is_file());
-    Ok(found.unwrap_or_else(|| named.to_owned()))
+    Ok(found_in(env::split_paths(&path), named).unwrap_or_else(|| named.to_owned()))
+}
+
+/// The program called `named` in the first of these directories that has it.
+pub fn found_in(directories: impl IntoIterator<Item = PathBuf>, named: &Path) -> Option<PathBuf> {
+    directories.into_iter().map(|directory| directory.join(named)).find(|program| is_program(program))
+}
+
+/// Whether it is a file that can be run.
+pub fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
 }
 
 /// What says that there is to be no object store.

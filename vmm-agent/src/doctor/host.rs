@@ -4,7 +4,6 @@ use std::{
     env,
     fs::File,
     io::{self, Read as _},
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -14,6 +13,7 @@ use fs_err as fs;
 use tokio::{process::Command, time::timeout};
 
 use super::finding::Finding;
+use crate::config::{found_in, is_program};
 
 /// The kernel's own files are small; `/proc/cpuinfo` of a large machine is some hundred KiB.
 const MOST_BYTES: u64 = 8 << 20;
@@ -112,13 +112,10 @@ impl Host {
 
     /// A program: a path, or a name that is looked for.
     pub fn program(&self, named: &Path) -> Option<PathBuf> {
-        let is_program = |path: &PathBuf| {
-            fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
-        };
         if named.components().count() > 1 {
-            return Some(self.path(named)).filter(is_program);
+            return Some(self.path(named)).filter(|program| is_program(program));
         }
-        self.programs.iter().map(|dir| dir.join(named)).find(is_program)
+        found_in(self.programs.iter().cloned(), named)
     }
 
     /// Runs a program of this machine, and answers with what it prints.
@@ -147,6 +144,8 @@ impl Host {
 /// A directory with what tests need of a machine.
 #[cfg(test)]
 pub mod made_up {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     /// A machine that tests make up.

@@ -13,9 +13,11 @@ use oc_proto::v1::HostCheck;
 use super::{
     finding::{BOTH, FIRECRACKER, Finding, QEMU, check},
     host::Host,
-    processor,
 };
-use crate::driver::{accelerator, qemu, template};
+use crate::driver::{
+    accelerator::{self, extension},
+    qemu, template,
+};
 
 mod calls {
     #![allow(missing_docs, reason = "KVM_GET_API_VERSION, as the macro writes it")]
@@ -51,7 +53,7 @@ pub async fn try_kernel(host: &Host, image_dir: &Path) -> Trial {
     if !host.has("dev/kvm") {
         return Trial::Fails("there is no /dev/kvm".to_owned());
     }
-    if host.read("proc/cpuinfo").is_ok_and(|cpuinfo| processor::extension(&cpuinfo).is_none()) {
+    if host.read("proc/cpuinfo").is_ok_and(|cpuinfo| extension(&cpuinfo).is_none()) {
         return Trial::Fails("the processor shows neither vmx nor svm".to_owned());
     }
     if host.program(Path::new(qemu::PROGRAM)).is_none() {

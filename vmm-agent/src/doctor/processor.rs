@@ -8,6 +8,7 @@ use super::{
     finding::{BOTH, FIRECRACKER, Finding, check},
     host::Host,
 };
+use crate::driver::accelerator::extension;
 
 const VULNERABILITIES: &str = "sys/devices/system/cpu/vulnerabilities";
 /// The one of them that is about the microcode's age (Linux 6.16).
@@ -31,12 +32,6 @@ pub fn virtualisation(host: &Host) -> HostCheck {
         }
     });
     check("cpu-virtualisation", "Virtualisation by the processor", FIRECRACKER, finding)
-}
-
-/// What it virtualises by.
-pub fn extension(cpuinfo: &str) -> Option<&'static str> {
-    let flags = flags(cpuinfo);
-    ["vmx", "svm"].into_iter().find(|flag| flags.contains(flag))
 }
 
 /// Whether the machine is a guest itself.

@@ -1,6 +1,6 @@
 //! What runs the guests' instructions here: hardware virtualisation if it really does, else software emulation.
 
-use std::{io, path::Path, process::Stdio, time::Duration};
+use std::{collections::HashSet, io, path::Path, process::Stdio, time::Duration};
 
 use tokio::{process::Command, time::timeout};
 use tracing::info;
@@ -49,7 +49,7 @@ pub fn virtualises(kernel: Option<&Path>) -> Result<&Path, String> {
         return Err(format!("/dev/kvm cannot be opened: {error}"));
     }
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").map_err(|error| error.to_string())?;
-    if !has_virtualisation(&cpuinfo) {
+    if extension(&cpuinfo).is_none() {
         return Err("the processor shows neither VMX nor SVM".into());
     }
     kernel.ok_or_else(|| "no template brings a kernel to try it with".into())
@@ -94,9 +94,11 @@ pub async fn comes_up(mut vmm: Command, under: &str) -> Result<(), String> {
     Err(format!("a kernel under {under} ended early: {last}"))
 }
 
-fn has_virtualisation(cpuinfo: &str) -> bool {
+/// What a processor virtualises by, of which `/proc/cpuinfo` says this.
+pub fn extension(cpuinfo: &str) -> Option<&'static str> {
     let flags = cpuinfo.lines().filter(|line| line.starts_with("flags")).flat_map(str::split_whitespace);
-    flags.into_iter().any(|flag| flag == "vmx" || flag == "svm")
+    let flags: HashSet<&str> = flags.collect();
+    ["vmx", "svm"].into_iter().find(|flag| flags.contains(flag))
 }
 
 #[cfg(test)]
@@ -105,9 +107,9 @@ mod tests {
 
     #[test]
     fn reads_the_processors_flags() {
-        assert!(has_virtualisation("model name\t: x\nflags\t\t: fpu svm sse\n"));
-        assert!(has_virtualisation("flags : vmx"));
-        assert!(!has_virtualisation("flags : fpu\nvmx flags\t: ept\n"));
+        assert_eq!(extension("model name\t: x\nflags\t\t: fpu svm sse\n"), Some("svm"));
+        assert_eq!(extension("flags : vmx"), Some("vmx"));
+        assert_eq!(extension("flags : fpu\nvmx flags\t: ept\n"), None);
     }
 
     #[tokio::test]
