@@ -12,6 +12,7 @@
 //! - [`suite`]: named tests that share one mesh, and end it whatever becomes of them.
 
 pub mod etcd;
+pub mod figures;
 pub mod firecracker;
 pub mod leftovers;
 pub mod memory;
