@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use fs_err as fs;
 use tokio::{process::Command, time::timeout};
 
 use super::finding::Finding;
