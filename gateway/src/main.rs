@@ -7,7 +7,7 @@ use oc_mesh::{limits, shutdown, telemetry};
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let config = Config::parse();
-    telemetry::init("oc-gateway");
+    let _logs = telemetry::init("oc-gateway");
     limits::raise_open_files()?;
     allocator::keep_buffers();
     run::run(config, shutdown::on_signal()?).await

@@ -1,9 +1,13 @@
 //! What a service shows of itself: one JSON line per event on standard error, and Prometheus metrics.
 
-use std::{sync::OnceLock, time::Duration};
+mod lines;
+
+use std::{io, sync::OnceLock, time::Duration};
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
+
+use self::lines::Lines;
 
 /// Bounds of latency histograms, seconds: from a relay hop to a cold boot.
 const LATENCY_BUCKETS: &[f64] =
@@ -14,23 +18,43 @@ const UPKEEP: Duration = Duration::from_secs(15);
 
 static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
 
+/// Writes what has been logged last when it is dropped.
+#[must_use = "what is logged last is lost otherwise"]
+#[derive(Debug)]
+pub struct Logs(Option<Lines>);
+
+impl Drop for Logs {
+    fn drop(&mut self) {
+        if let Some(lines) = &self.0 {
+            lines.end();
+        }
+    }
+}
+
 /// Starts logging and metrics for this process. `OC_LOG` (else `RUST_LOG`) filters, in the syntax of
 /// `tracing_subscriber::EnvFilter`; `info` where absent. Must run inside the runtime; later calls do nothing.
-pub fn init(service: &'static str) {
+pub fn init(service: &'static str) -> Logs {
     let filter = EnvFilter::try_from_env("OC_LOG")
         .or_else(|_| EnvFilter::try_from_default_env())
         .unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = Lines::to(io::stderr());
+    let writer = lines.clone();
     let started = tracing_subscriber::fmt()
         .json()
         .flatten_event(true)
         .with_current_span(true)
         .with_span_list(false)
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(move || writer.clone())
         .try_init()
         .is_ok();
-    if !started || METRICS.get().is_some() {
-        return;
+    if !started {
+        return Logs(None);
+    }
+    lines.start();
+    let logs = Logs(Some(lines));
+    if METRICS.get().is_some() {
+        return logs;
     }
     let installed = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), LATENCY_BUCKETS)
@@ -50,6 +74,7 @@ pub fn init(service: &'static str) {
         }
         Err(error) => tracing::error!(%error, "metrics are off"),
     }
+    logs
 }
 
 /// All metrics of this process in Prometheus' text format; empty before [`init`].

@@ -10,7 +10,7 @@ use oc_scheduler::{app::App, config::Config, fail, reconcile::Pace};
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let config = Config::parse();
-    telemetry::init("oc-scheduler");
+    let _logs = telemetry::init("oc-scheduler");
     arm(fail::ALL, fail::ACTIONS)?;
     limits::raise_open_files()?;
     let stop = shutdown::on_signal()?;

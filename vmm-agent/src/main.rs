@@ -28,7 +28,7 @@ async fn main() -> anyhow::Result<()> {
         return Ok(writeln!(io::stdout(), "{}", doctor::to_json(&report))?);
     }
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    telemetry::init("oc-vmm-agent");
+    let _logs = telemetry::init("oc-vmm-agent");
     if args.cleanup {
         let host_id = config::checked_host_id(&args.host_id)?;
         let data_dir = config::absolute("--data-dir", &args.data_dir)?;

@@ -98,7 +98,7 @@ async fn a_trace_goes_on_at_the_server() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_are_counted_by_method_and_code() {
-    telemetry::init("test");
+    let _logs = telemetry::init("test");
     let directory = tempfile::tempdir().unwrap();
     let slow = Slow::default();
     let running = run(on_socket(&directory.path().join("a.sock"), Routes::new(slow.clone()))).await.unwrap();
