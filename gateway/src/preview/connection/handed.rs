@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _, future::Fuse};
 use oc_mesh::handoff;
 use oc_proto::v1::ForwardPortRequest;
 use tokio::{
@@ -15,6 +15,7 @@ use tokio::{
     net::TcpStream,
     sync::mpsc::Sender,
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Answers;
 
@@ -24,9 +25,8 @@ pub struct Handed {
     socket: TcpStream,
     /// Whether all was read that the port says, and whether all was said to it that is to be.
     has_ended: (bool, bool),
-    /// The call. Dropped in this order: its host must see that it ends, and not that it is given up.
-    _requests: Sender<ForwardPortRequest>,
-    answers: Answers,
+    /// The end of the call, while both sides hold it.
+    call: Fuse<AbortOnDropHandle<io::Error>>,
 }
 
 impl Handed {
@@ -37,7 +37,19 @@ impl Handed {
     /// If it is no socket.
     pub fn new(socket: OwnedFd, answers: Answers, requests: Sender<ForwardPortRequest>) -> io::Result<Self> {
         let socket = TcpStream::from_std(socket.into())?;
-        Ok(Self { socket, has_ended: (false, false), _requests: requests, answers })
+        let call = AbortOnDropHandle::new(tokio::spawn(end(answers, requests))).fuse();
+        Ok(Self { socket, has_ended: (false, false), call })
+    }
+}
+
+/// Holds the call until its host ends it: how. Given up, it ends as one that has been completed: what is said to the host is dropped
+/// before what it says. In a task, so that no read has to look at the call, whose connection all calls share.
+async fn end(mut answers: Answers, requests: Sender<ForwardPortRequest>) -> io::Error {
+    let ended = answers.next().await;
+    drop((requests, answers));
+    match ended {
+        Some(Err(error)) => io::Error::other(error),
+        Some(Ok(_)) | None => io::ErrorKind::ConnectionReset.into(),
     }
 }
 
@@ -54,10 +66,7 @@ impl AsyncRead for Handed {
             return Poll::Ready(read);
         }
         // A host that takes the connection back breaks it off, too; one that dies cannot.
-        Poll::Ready(Err(match ready!(self.answers.poll_next_unpin(context)) {
-            Some(Err(error)) => io::Error::other(error),
-            Some(Ok(_)) | None => io::ErrorKind::ConnectionReset.into(),
-        }))
+        Poll::Ready(Err(ready!(Pin::new(&mut self.call).poll(context)).unwrap_or_else(io::Error::other)))
     }
 }
 

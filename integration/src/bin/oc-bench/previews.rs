@@ -23,8 +23,8 @@ use self::{
 use crate::table::{Table, Target, median};
 
 /// Rounds of each, one after the other by turns: the machine is as busy for the one as for the other.
-const ROUNDS: usize = 5;
-const ROUND: Duration = Duration::from_secs(4);
+const ROUNDS: usize = 11;
+const ROUND: Duration = Duration::from_secs(3);
 const CONNECTIONS: usize = 32;
 const BULK_MIB: usize = 256;
 const OPEN: usize = 10_000;
@@ -37,17 +37,25 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
         ours.push(requests(&bed.near, CONNECTIONS, ROUND).await.context("the gateway")?);
         far.push(requests(&bed.far, CONNECTIONS, ROUND).await.context("the gateway and a host")?);
     }
+    let rate = |load: &Load| load.per_second;
+    let tail = |load: &Load| load.p99_ms;
     // The first of each warms up.
-    let per_second =
-        |loads: &[Load]| median(&loads[1..].iter().map(|load| load.per_second).collect::<Vec<_>>());
-    let p99 = |loads: &[Load]| median(&loads[1..].iter().map(|load| load.p99_ms).collect::<Vec<_>>());
-    let (rate, tail) = (per_second(&theirs), p99(&theirs));
-    table.row("floor: nginx before the same server, small answers", rate, "/s", Target::None);
-    table.row("preview: small answers, kept-alive", per_second(&ours), "/s", Target::LeastTimes(0.9, rate));
-    table.row("floor: nginx, small answers, p99", tail, "ms", Target::None);
-    table.row("preview: small answers, p99", p99(&ours), "ms", Target::MostTimes(1.2, tail));
-    table.row("preview of a host elsewhere: small answers", per_second(&far), "/s", Target::None);
-    table.row("preview of a host elsewhere: small answers, p99", p99(&far), "ms", Target::None);
+    let of =
+        |loads: &[Load], figure: fn(&Load) -> f64| median(&loads[1..].iter().map(figure).collect::<Vec<_>>());
+    // What is beside each other in time is compared: how fast the machine is changes within a minute.
+    let beside = |loads: &[Load], figure: fn(&Load) -> f64| {
+        let pairs = loads[1..].iter().zip(&theirs[1..]);
+        median(&pairs.map(|(load, floor)| figure(load) / figure(floor)).collect::<Vec<_>>())
+    };
+    table.row("floor: nginx before the same server, small answers", of(&theirs, rate), "/s", Target::None);
+    table.row("preview: small answers, kept-alive", of(&ours, rate), "/s", Target::None);
+    table.row("by nginx beside it", beside(&ours, rate), "×", Target::Least(0.9));
+    table.row("floor: nginx, small answers, p99", of(&theirs, tail), "ms", Target::None);
+    table.row("preview: small answers, p99", of(&ours, tail), "ms", Target::None);
+    table.row("by nginx beside it", beside(&ours, tail), "×", Target::Most(1.2));
+    table.row("preview of a host elsewhere: small answers", of(&far, rate), "/s", Target::None);
+    table.row("by nginx beside it", beside(&far, rate), "×", Target::None);
+    table.row("preview of a host elsewhere: small answers, p99", of(&far, tail), "ms", Target::None);
 
     let bulk = async |proxy: &Proxy| -> anyhow::Result<f64> {
         let mut rates = Vec::new();
