@@ -20,7 +20,7 @@ use self::{
     bed::{Bed, Proxy},
     load::{Load, download, hold, requests},
 };
-use crate::table::{Table, Target, median};
+use crate::table::{RATIO, Table, Target, median};
 
 /// Rounds of each, one after the other by turns: the machine is as busy for the one as for the other.
 const ROUNDS: usize = 11;
@@ -49,12 +49,12 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
     };
     table.row("floor: nginx before the same server, small answers", of(&theirs, rate), "/s", Target::None);
     table.row("preview: small answers, kept-alive", of(&ours, rate), "/s", Target::None);
-    table.row("by nginx beside it", beside(&ours, rate), "×", Target::Least(0.9));
+    table.row("by nginx beside it", beside(&ours, rate), RATIO, Target::Least(0.9));
     table.row("floor: nginx, small answers, p99", of(&theirs, tail), "ms", Target::None);
     table.row("preview: small answers, p99", of(&ours, tail), "ms", Target::None);
-    table.row("by nginx beside it", beside(&ours, tail), "×", Target::Most(1.2));
+    table.row("by nginx beside it", beside(&ours, tail), RATIO, Target::Most(1.2));
     table.row("preview of a host elsewhere: small answers", of(&far, rate), "/s", Target::None);
-    table.row("by nginx beside it", beside(&far, rate), "×", Target::None);
+    table.row("by nginx beside it", beside(&far, rate), RATIO, Target::None);
     table.row("preview of a host elsewhere: small answers, p99", of(&far, tail), "ms", Target::None);
 
     let bulk = async |proxy: &Proxy| -> anyhow::Result<f64> {

@@ -9,6 +9,9 @@ pub use oc_integration::figures::{median, quantile};
 
 use crate::floor::{Floor, fork::CHANGED_MIB};
 
+/// The unit of a ratio.
+pub const RATIO: &str = "×";
+
 /// What was measured so far.
 #[derive(Debug)]
 pub struct Table {
@@ -83,7 +86,10 @@ impl Table {
             Target::LeastTimesOf(factor, of, which) => least_times(value, factor, of, which),
             Target::None => (String::new(), None),
         };
-        let measured = format!("{} {unit}", number(value));
+        let measured = match unit {
+            RATIO => format!("{value:.2} {unit}"),
+            _ => format!("{} {unit}", number(value)),
+        };
         eprintln!("{what}: {measured} {target}");
         self.rows.push(Row { what: what.to_owned(), measured, target, met });
     }
