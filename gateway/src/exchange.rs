@@ -3,6 +3,8 @@
 //! Exactly one line is logged for each, when the last byte of the answer has been handed over or nobody waits for
 //! it any more. It holds no query, no header and no body: those may carry credentials.
 
+mod counted;
+
 use std::{
     pin::Pin,
     sync::Arc,
@@ -48,7 +50,7 @@ impl Exchange {
     pub fn begin(method: &Method, headers: &HeaderMap) -> Arc<Self> {
         let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(|id| is_sane(id));
         let request_id = given.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
-        metrics::gauge!("oc_gateway_requests_in_flight").increment(1);
+        counted::begin();
         Arc::new(Self {
             request_id,
             method: method.clone(),
@@ -81,17 +83,7 @@ impl Exchange {
         let facts = self.facts.lock();
         let elapsed = self.started.elapsed();
         let route = facts.route.as_deref().unwrap_or("unmatched");
-        metrics::gauge!("oc_gateway_requests_in_flight").decrement(1);
-        metrics::counter!(
-            "oc_gateway_requests_total",
-            "method" => known(&self.method),
-            "route" => route.to_owned(),
-            "status" => end.status.to_string(),
-        )
-        .increment(1);
-        metrics::histogram!("oc_gateway_request_seconds", "route" => route.to_owned())
-            .record(elapsed.as_secs_f64());
-        metrics::counter!("oc_gateway_answer_bytes_total").increment(end.bytes);
+        counted::end(known(&self.method), route, end.status, elapsed, end.bytes);
         let ms = elapsed.as_secs_f64() * 1000.0;
         macro_rules! line {
             ($level:ident) => {

@@ -3,6 +3,8 @@
 //! A request is a handful of short steps between reads and writes. Where any thread may take the next step, most of them begin by
 //! waking one: on threads of their own they begin when the thread gets to them.
 
+mod slice;
+
 use std::{
     io,
     num::NonZero,
@@ -31,7 +33,10 @@ impl Workers {
         let started = (0..count).map(|number| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let (handle, ended) = (runtime.handle().clone(), ended.clone());
-            let work = move || runtime.block_on(ended.cancelled());
+            let work = move || {
+                slice::shorten();
+                runtime.block_on(ended.cancelled());
+            };
             thread::Builder::new().name(format!("edge-{number}")).spawn(work)?;
             Ok(handle)
         });
