@@ -76,9 +76,9 @@ impl Lines {
             if !aside.has_writer {
                 return;
             }
-            drop(aside);
-            thread::sleep(LATE);
-            let _ = self.0.aside.lock().write();
+            // More may come meanwhile, which wakes nobody.
+            self.0.changed.wait_for(&mut aside, LATE);
+            let _ = aside.write();
         }
     }
 }
