@@ -145,6 +145,8 @@ impl Host {
 pub mod made_up {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use fs_err as fs;
+
     use super::*;
 
     /// A machine that tests make up.
