@@ -81,7 +81,7 @@ async fn in_a_mixed_fleet_a_checkpoint_goes_only_where_it_can_be_restored() {
     bare.with(|state| state.store = other.with(|state| state.store.clone()));
     mesh.lose_host().await;
     let live = mesh.checkpoints.fork(TENANT, &id, wanted(1, false)).await;
-    assert_eq!(reason(live), Reason::HostUnavailable);
+    assert_eq!(reason(live), Reason::NoCapacity);
     let booted = mesh.checkpoints.fork(TENANT, &id, wanted(3, true)).await.unwrap();
     assert!(booted.iter().all(|record| record.host_id == OTHER));
     assert!(other.with(|state| state.used.iter().all(|source| source.disk_only)));

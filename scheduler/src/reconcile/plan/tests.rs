@@ -134,6 +134,8 @@ fn what_is_in_an_object_store_outlives_its_host() {
         stored_bytes: 5,
         snapshot_id: "hibernated-1".into(),
         object_store_id: "store".into(),
+        snapshot_key: "key".into(),
+        base_digest: "base".into(),
         ..vm(VmState::Hibernated, 1, 0)
     };
     let what = Stored {
