@@ -128,7 +128,7 @@ async fn a_whole_agent_that_is_killed_leaves_nothing_that_the_next_does_not_end(
     let text = |path: &Path| path.to_str().unwrap().to_owned();
     let (firecracker, jailer) = (text(&settings.firecracker), text(&settings.jailer));
     let environment = [("OC_VMM", "firecracker"), ("OC_FIRECRACKER", &firecracker), ("OC_JAILER", &jailer)];
-    let mesh = Mesh::start_in(None, &[], &environment).unwrap();
+    let mesh = Mesh::start_in(None, &["--pool-size", "0"], &environment).unwrap();
     for amid in [0, 200, 1000] {
         let rest = mesh.rest();
         // Where no guest boots it is on its way for a minute.

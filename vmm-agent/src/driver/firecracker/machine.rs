@@ -79,10 +79,14 @@ pub fn calls(settings: &Settings, kind: &Kind, network: Option<([u8; 6], &str)>)
     calls.extend([
         (ADD_VSOCK, json!({ "guest_cid": GUEST_CID, "uds_path": in_jail(super::jail::GUEST) })),
         (ADD_ENTROPY, json!({})),
-        // It takes nothing unless it is told, and gives back what it has when the guest is short of memory.
-        (ADD_BALLOON, json!({ "amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 0 })),
-        (ACT, json!({ "action_type": "InstanceStart" })),
     ]);
+    // Huge pages cannot be taken by it: Firecracker refuses to have both.
+    if !settings.huge_pages {
+        // It takes nothing unless it is told, and gives back what it has when the guest is short of memory.
+        let balloon = json!({ "amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 0 });
+        calls.push((ADD_BALLOON, balloon));
+    }
+    calls.push((ACT, json!({ "action_type": "InstanceStart" })));
     calls
 }
 
@@ -156,6 +160,8 @@ mod tests {
         let machine = body(&full, SET_MACHINE);
         assert_eq!((&machine["cpu_template"], &machine["huge_pages"]), (&json!("T2CL"), &json!("2M")));
         assert_eq!(machine["track_dirty_pages"], json!(false));
+        let has_balloon = |calls: &[(Call, Value)]| calls.iter().any(|(call, _)| *call == ADD_BALLOON);
+        assert!(has_balloon(&plain) && !has_balloon(&full));
         let limiter = &body(&full, ADD_LAYER)["rate_limiter"];
         assert_eq!(limiter["bandwidth"], json!({ "size": 3 << 20, "refill_time": 1000 }));
         assert_eq!(limiter["ops"], json!({ "size": 70, "refill_time": 1000 }));
