@@ -1,7 +1,7 @@
 //! The listener: HTTP/1.1 and HTTP/2, with TLS or without, on one port, with limits on everything that a peer can make large
 //! or slow.
 //!
-//! In reading order: each connection gets one of the [`workers`]; [`sniff`] tells the two versions apart; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
+//! In reading order: [`sniff`] tells the two versions apart; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
 //! [`head`] and [`chunks`] before hyper does; the [`leftover`] of a body that nobody wants is thrown away.
 
 pub mod chunks;
@@ -9,7 +9,6 @@ pub mod gate;
 pub mod head;
 pub mod leftover;
 mod sniff;
-pub mod workers;
 
 use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -30,7 +29,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use self::{gate::Gate, sniff::Protocol, workers::Workers};
+use self::{gate::Gate, sniff::Protocol};
 use crate::{app::App, preview::Peer};
 
 /// Limits of one listener.
@@ -72,13 +71,12 @@ const SEND_BUFFER: usize = 1 << 20;
 /// A peer that does not answer a ping for this long is gone.
 const PING: Duration = Duration::from_secs(20);
 
-/// Accepts connections for `workers` until `stop`, by TLS if `tls` says how, then lets the requests under way end.
+/// Accepts connections until `stop`, by TLS if `tls` says how, then lets the requests under way end.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<Arc<ServerConfig>>,
     app: Arc<App>,
     limits: Limits,
-    workers: Workers,
     stop: CancellationToken,
 ) {
     let tls = tls.map(TlsAcceptor::from);
@@ -98,25 +96,13 @@ pub async fn serve(
             watcher: graceful.watcher(),
             limits: limits.clone(),
         };
-        // Where it was accepted it is of no use any more.
-        let stream = match stream.into_std() {
-            Ok(stream) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "a connection cannot be handed on");
-                continue;
-            }
-        };
         let stop = stop.clone();
-        let serve = async move {
+        tasks.spawn(async move {
             let _permit = permit;
             metrics::gauge!("oc_gateway_connections").increment(1);
-            match TcpStream::from_std(stream) {
-                Ok(stream) => connection.serve(stream, peer, stop).await,
-                Err(error) => tracing::warn!(%error, "a connection cannot be watched"),
-            }
+            connection.serve(stream, peer, stop).await;
             metrics::gauge!("oc_gateway_connections").decrement(1);
-        };
-        tasks.spawn_on(serve, workers.next());
+        });
     }
     drop(listener);
     let websockets = Arc::clone(&app);

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::{App, Settings},
     config::Config,
-    listener::{self, Limits, workers::Workers},
+    listener::{self, Limits},
     preview,
     tls::Certificates,
     ws,
@@ -39,7 +39,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
-    let workers = Workers::start(&ended).context("no threads")?;
     let clock = Arc::new(SystemClock);
     let settings = Settings {
         public_url: public_url.clone(),
@@ -72,8 +71,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         registration.leave().await;
         app.drain().await;
     };
-    let serve = listener::serve(listener, tls, Arc::clone(&app), limits, workers, stop.clone());
-    tokio::join!(serve, follow, leave);
+    tokio::join!(listener::serve(listener, tls, Arc::clone(&app), limits, stop.clone()), follow, leave);
     tracing::info!("stopped");
     Ok(())
 }

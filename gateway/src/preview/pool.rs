@@ -119,15 +119,12 @@ impl Pool {
 }
 
 impl Place {
-    /// A connection that was kept, if there is one that still stands: the one that was used last, of those that this thread hears of by
-    /// itself if there are any.
+    /// A connection that was kept, if there is one that still stands: the one that was used last.
     pub async fn kept(&self) -> Option<Line> {
         loop {
             let mut line = {
                 let mut kept = self.shelf.kept.lock();
-                let of_port = |kept: &Kept| kept.port == self.port;
-                let near = kept.iter().rposition(|kept| of_port(kept) && kept.line.is_of_this_thread());
-                let at = near.or_else(|| kept.iter().rposition(of_port))?;
+                let at = kept.iter().rposition(|kept| kept.port == self.port)?;
                 kept.remove(at).line
             };
             if matches!(timeout(READY, line.ready()).await, Ok(Ok(()))) {

@@ -9,7 +9,7 @@ use std::{
 
 use oc_gateway::{
     app::{App, Settings},
-    listener::{self, Limits, workers::Workers},
+    listener::{self, Limits},
     preview, ws,
 };
 use oc_mesh::{
@@ -165,8 +165,7 @@ impl Mesh {
         let app = App::new(store.clone(), settings, Arc::new(SystemClock), stop.clone(), stop.clone())
             .await
             .unwrap();
-        let workers = Workers::here();
-        tasks.spawn(listener::serve(listener, None, Arc::clone(&app), limits, workers, stop.clone()));
+        tasks.spawn(listener::serve(listener, None, Arc::clone(&app), limits, stop.clone()));
         Self {
             address,
             agent,

@@ -7,7 +7,7 @@ use http::{Request, header::CONTENT_TYPE};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use oc_gateway::{
-    listener::{self, Limits, workers::Workers},
+    listener::{self, Limits},
     tls::{Certificates, Files},
 };
 use oc_proto::v1::GetSandboxRequest;
@@ -58,8 +58,7 @@ impl Bed {
         let address = listener.local_addr().unwrap();
         let app = Arc::clone(&mesh.app);
         let stop = mesh.stop.clone();
-        let workers = Workers::here();
-        mesh.tasks.spawn(listener::serve(listener, Some(tls), app, Limits::default(), workers, stop));
+        mesh.tasks.spawn(listener::serve(listener, Some(tls), app, Limits::default(), stop));
         let mut roots = RootCertStore::empty();
         for certificate in [&default, &own] {
             roots.add(certificate.clone()).unwrap();
