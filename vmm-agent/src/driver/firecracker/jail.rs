@@ -15,23 +15,26 @@
 //! its guest can put anything in their place: nothing is opened here by following links.
 
 use std::{
-    fs::{DirBuilder, File, Permissions},
+    fs::{DirBuilder, File},
     io,
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+        unix::fs::{DirBuilderExt as _, lchown},
     },
     path::{Path, PathBuf},
 };
 
 use fs_err as fs;
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkfifoat, openat2},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fchmod, fstat, mkfifoat, openat2},
     io::Errno,
 };
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::{UnixListener, UnixSocket, UnixStream};
 
 use crate::driver::{durable, home::Home};
+
+/// Who connects there is one VMM, once.
+const BACKLOG: u32 = 1;
 
 /// The API's socket.
 pub const API: &str = "api.sock";
@@ -123,10 +126,12 @@ impl Jail {
         self.take_back(name)?;
         let root = File::open(&self.root)?;
         let at = format!("/proc/self/fd/{}/{name}", root.as_raw_fd());
-        let listener = UnixListener::bind(&at)?;
-        fs::set_permissions(&at, Permissions::from_mode(0o600))?;
-        std::os::unix::fs::lchown(&at, Some(self.uid), Some(self.uid))?;
-        Ok(listener)
+        let socket = UnixSocket::new_stream()?;
+        // Linux makes the file with the permissions of the descriptor: no name has to be followed for them.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        socket.bind(&at)?;
+        lchown(&at, Some(self.uid), Some(self.uid))?;
+        socket.listen(BACKLOG)
     }
 
     /// The VMM's user.
@@ -175,7 +180,7 @@ mod tests {
 
     fn own(jail: &Jail, name: &str) {
         let path = jail.root.join(name);
-        std::os::unix::fs::lchown(path, Some(jail.uid), Some(jail.uid)).unwrap();
+        lchown(path, Some(jail.uid), Some(jail.uid)).unwrap();
     }
 
     #[tokio::test]
