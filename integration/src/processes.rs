@@ -82,6 +82,16 @@ pub fn cpu_time(pid: i32) -> anyhow::Result<Duration> {
     Ok(time(pid, 14)? + time(pid, 15)?)
 }
 
+/// The processes that a process has started and that have not ended.
+///
+/// # Errors
+///
+/// If it has gone.
+pub fn children(pid: i32) -> anyhow::Result<Vec<i32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    text.split_whitespace().map(|pid| pid.parse().context("no process ID")).collect()
+}
+
 /// A field of `/proc/PID/stat` that is a time (proc_pid_stat(5)).
 fn time(pid: i32, field: usize) -> anyhow::Result<Duration> {
     /// A clock tick as user space sees it (`USER_HZ`).

@@ -171,7 +171,8 @@ async fn through_a_preview(table: &mut Table) -> anyhow::Result<()> {
     );
     sandbox.run(&format!("(node -e \"{server}\" > /dev/null 2>&1 &)")).await?;
     let address = mesh.url.strip_prefix("http://").context("no http URL")?.parse()?;
-    let preview = Proxy { address, host: format!("{}-p{SERVED}.preview.localhost", sandbox.id) };
+    let preview =
+        Proxy { address, host: format!("{}-p{SERVED}.preview.localhost", sandbox.id), pids: vec![] };
     eventually("a server in the guest", async || download(&preview, SENT_MIB << 20).await).await?;
     let mut homes = fs::read_dir(mesh.state().join("agent/vms"))?;
     let home = homes.next().context("no VM")??.path();

@@ -2,7 +2,8 @@
 //!
 //! The gateway is one of its own process, with hosts' agents that are ours alone: they answer `ForwardPort` by connecting to the
 //! server that nginx proxies to. One hands its connections over, as a host on the gateway's machine does; one carries their bytes,
-//! as a host elsewhere does: then the gateway has that hop on top of what nginx does. Both proxies write a line for each request. [`bed`] is what they run on, [`load`] who asks.
+//! as a host elsewhere does: then the gateway has that hop on top of what nginx does. nginx says as much as the gateway to the server, to the client
+//! and to its log. [`bed`] is what they run on, [`load`] who asks.
 
 pub mod bed;
 pub mod load;
@@ -39,6 +40,7 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
     }
     let rate = |load: &Load| load.per_second;
     let tail = |load: &Load| load.p99_ms;
+    let processor = |load: &Load| load.processor_us;
     // The first of each warms up.
     let of =
         |loads: &[Load], figure: fn(&Load) -> f64| median(&loads[1..].iter().map(figure).collect::<Vec<_>>());
@@ -53,6 +55,9 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
     table.row("floor: nginx, small answers, p99", of(&theirs, tail), "ms", Target::None);
     table.row("preview: small answers, p99", of(&ours, tail), "ms", Target::None);
     table.row("by nginx beside it", beside(&ours, tail), RATIO, Target::Most(1.2));
+    table.row("floor: nginx, processor time of a small answer", of(&theirs, processor), "µs", Target::None);
+    table.row("preview: processor time of a small answer", of(&ours, processor), "µs", Target::None);
+    table.row("by nginx beside it", beside(&ours, processor), RATIO, Target::None);
     table.row("preview of a host elsewhere: small answers", of(&far, rate), "/s", Target::None);
     table.row("by nginx beside it", beside(&far, rate), RATIO, Target::None);
     table.row("preview of a host elsewhere: small answers, p99", of(&far, tail), "ms", Target::None);
@@ -82,7 +87,7 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
     let server = "require('http').createServer((q, a) => q.url == '/big' ? a.end(Buffer.alloc(64 << 20)) : a.end('hello')).listen(3000)";
     sandbox.run(&format!("(node -e \"{server}\" > /dev/null 2>&1 &)")).await?;
     let address = mesh.url.strip_prefix("http://").context("no http URL")?.parse()?;
-    let guest = Proxy { address, host: format!("{}-p3000.preview.localhost", sandbox.id) };
+    let guest = Proxy { address, host: format!("{}-p3000.preview.localhost", sandbox.id), pids: vec![] };
     eventually("a server in the guest", async || download(&guest, 64 << 20).await).await?;
     let load = requests(&guest, 8, ROUND).await.context("a guest")?;
     table.row("preview: Node in a guest, small answers", load.per_second, "/s", Target::None);

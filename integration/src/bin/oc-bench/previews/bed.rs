@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use bytes::BytesMut;
 use futures_util::{Stream, StreamExt as _, stream};
-use oc_integration::{mesh::eventually, prepared};
+use oc_integration::{mesh::eventually, prepared, processes};
 use oc_mesh::{
     endpoint::Endpoint,
     handoff::{self, Handoffs},
@@ -47,6 +47,8 @@ pub struct Proxy {
     pub address: SocketAddr,
     /// Host that they name.
     pub host: String,
+    /// Its processes, as far as what they take is of interest.
+    pub pids: Vec<i32>,
 }
 
 /// All of it.
@@ -73,14 +75,12 @@ impl Bed {
         fs::write(path.join("www/big"), vec![0; bulk_mib << 20])?;
         fs::write(path.join("www/small"), "hello")?;
         let (server, proxy) = (free_port()?, free_port()?);
-        fs::write(path.join("nginx.conf"), config(path, server, proxy))?;
-        let nginx = Command::new(prepared::tool("nginx/usr/sbin/nginx")?)
-            .arg("-p")
-            .arg(path)
-            .args(["-c", "nginx.conf", "-e", "error.log"])
-            .stdout(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()?;
+        let root = path.join("www").display().to_string();
+        let serves =
+            format!("server {{ listen 127.0.0.1:{server} backlog=4096; access_log off; root {root}; }}");
+        // A process of its own each, as a server and what stands before it are.
+        let nginxes =
+            [nginx(&path.join("server"), &serves)?, nginx(&path.join("proxy"), &proxies(server, proxy))?];
 
         let url = format!("file://{}", path.join("store.db").display());
         let (records, mut agents) = (store::open(&url).await?, JoinSet::new());
@@ -115,20 +115,25 @@ impl Bed {
         })
         .await?;
         let gateway_pid = i32::try_from(gateway.id().context("it ended")?)?;
-        let [near, far] =
-            SANDBOXES.map(|(_, id)| Proxy { address, host: format!("{id}-p{server}.preview.localhost") });
-        let bed = Self {
-            nginx: Proxy { address: SocketAddr::from(([127, 0, 0, 1], proxy)), host: "localhost".into() },
+        let nginx_pid = i32::try_from(nginxes[1].id().context("it ended")?)?;
+        let [near, far] = SANDBOXES.map(|(_, id)| {
+            let host = format!("{id}-p{server}.preview.localhost");
+            Proxy { address, host, pids: vec![gateway_pid] }
+        });
+        let address = SocketAddr::from(([127, 0, 0, 1], proxy));
+        let mut bed = Self {
+            nginx: Proxy { address, host: "localhost".into(), pids: vec![] },
             near,
             far,
             gateway_pid,
-            children: vec![nginx, gateway],
+            children: nginxes.into_iter().chain([gateway]).collect(),
             agents,
             _directory: directory,
         };
         for proxy in [&bed.nginx, &bed.near, &bed.far] {
             eventually("a proxy", async || super::load::hold(proxy, 1).await).await?;
         }
+        bed.nginx.pids = processes::children(nginx_pid)?;
         Ok(bed)
     }
 
@@ -149,22 +154,62 @@ fn free_port() -> anyhow::Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// As Debian's, but for what a proxy with kept connections needs.
-fn config(path: &Path, server: u16, proxy: u16) -> String {
-    let path = path.display();
-    format!(
-        "user root; daemon off; worker_processes 2; pid {path}/nginx.pid;\n\
+/// An nginx in a directory of its own, as Debian's is set up, but for connections that are kept.
+fn nginx(directory: &Path, serves: &str) -> anyhow::Result<Child> {
+    fs::create_dir(directory)?;
+    let config = format!(
+        "user root; daemon off; worker_processes 2; pid nginx.pid;\n\
          events {{ worker_connections 16384; }}\n\
          http {{\n\
-         client_body_temp_path {path}/t1; proxy_temp_path {path}/t2; fastcgi_temp_path {path}/t3;\n\
-         uwsgi_temp_path {path}/t4; scgi_temp_path {path}/t5;\n\
-         sendfile on; tcp_nodelay on; keepalive_requests 100000000; keepalive_timeout 300;\n\
-         upstream up {{ server 127.0.0.1:{server}; keepalive 128; keepalive_requests 100000000; }}\n\
-         server {{ listen 127.0.0.1:{server} backlog=4096; access_log off; root {path}/www; }}\n\
-         server {{ listen 127.0.0.1:{proxy} backlog=4096; access_log {path}/access.log;\n\
-         location / {{ proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection \"\";\n\
-         proxy_set_header Host $host; proxy_set_header X-Forwarded-For $remote_addr; proxy_max_temp_file_size 0; }} }}\n\
+         client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;\n\
+         sendfile on; tcp_nopush on; keepalive_requests 100000000; keepalive_timeout 300;\n\
+         {serves}\n\
          }}\n"
+    );
+    fs::write(directory.join("nginx.conf"), config)?;
+    let nginx = Command::new(prepared::tool("nginx/usr/sbin/nginx")?)
+        .arg("-p")
+        .arg(directory)
+        .args(["-c", "nginx.conf", "-e", "error.log"])
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()?;
+    Ok(nginx)
+}
+
+/// A proxy that does what the gateway does for a request: it tells the server and the client as much, and writes a line with as many
+/// facts, together with others a moment later.
+fn proxies(server: u16, proxy: u16) -> String {
+    let line = [
+        ("timestamp", "$time_iso8601"),
+        ("method", "$request_method"),
+        ("route", "$server_name"),
+        ("status", "$status"),
+        ("complete", "$request_completion"),
+        ("bytes", "$body_bytes_sent"),
+        ("ms", "$request_time"),
+        ("request_id", "$request_id"),
+        ("tenant", "$server_port"),
+        ("sandbox", "$host"),
+    ];
+    let line: String = line.map(|(name, value)| format!("\"{name}\":\"{value}\",")).concat();
+    let headers = [
+        ("Connection", "\"\""),
+        ("Host", "$http_host"),
+        ("X-Request-ID", "$request_id"),
+        ("X-Forwarded-For", "$remote_addr"),
+        ("X-Forwarded-Proto", "$scheme"),
+        ("X-Forwarded-Host", "$http_host"),
+        ("X-Forwarded-Port", "$server_port"),
+    ];
+    let headers = headers.map(|(name, value)| format!("proxy_set_header {name} {value};\n")).concat();
+    format!(
+        "upstream up {{ server 127.0.0.1:{server}; keepalive 128; keepalive_requests 100000000; }}\n\
+         log_format line escape=json '{{{line}}}';\n\
+         server {{ listen 127.0.0.1:{proxy} backlog=4096; access_log access.log line buffer=256k flush=10ms;\n\
+         location / {{ proxy_pass http://up; proxy_http_version 1.1; proxy_max_temp_file_size 0;\n\
+         add_header X-Request-ID $request_id;\n\
+         {headers} }} }}"
     )
 }
 

@@ -9,8 +9,14 @@ use tokio::{
     task::JoinSet,
 };
 
+use oc_integration::processes;
+
 use super::bed::Proxy;
 use crate::table::quantile;
+
+/// Room for an answer's head, and for a small answer whole: what the client does takes processor time from who is measured.
+const HEAD_BUFFER: usize = 4 << 10;
+const BODY_BUFFER: usize = 256 << 10;
 
 /// What came of a round.
 #[derive(Clone, Copy, Debug)]
@@ -19,10 +25,14 @@ pub struct Load {
     pub per_second: f64,
     /// How long the slowest hundredth took.
     pub p99_ms: f64,
+    /// What the proxy took of the processors for each answer.
+    pub processor_us: f64,
 }
 
 /// Asks again as soon as there is an answer, on so many connections.
 pub async fn requests(proxy: &Proxy, connections: usize, time: Duration) -> anyhow::Result<Load> {
+    let taken = || proxy.pids.iter().map(|pid| processes::cpu_time(*pid)).sum::<anyhow::Result<Duration>>();
+    let before = taken()?;
     let begun = Instant::now();
     let mut clients = JoinSet::new();
     for _ in 0..connections {
@@ -43,8 +53,12 @@ pub async fn requests(proxy: &Proxy, connections: usize, time: Duration) -> anyh
         all.extend(took??);
     }
     #[expect(clippy::cast_precision_loss, reason = "answers of a few seconds")]
-    let per_second = all.len() as f64 / begun.elapsed().as_secs_f64();
-    Ok(Load { per_second, p99_ms: quantile(&all, 0.99) })
+    let count = all.len() as f64;
+    Ok(Load {
+        per_second: count / begun.elapsed().as_secs_f64(),
+        p99_ms: quantile(&all, 0.99),
+        processor_us: (taken()? - before).as_secs_f64() * 1e6 / count,
+    })
 }
 
 /// MiB a second of one large answer.
@@ -80,7 +94,7 @@ impl Client {
 
     /// One that asks over a connection of one's own.
     pub fn over(stream: TcpStream, host: &str) -> Self {
-        Self { stream, host: host.to_owned(), buffer: Vec::new() }
+        Self { stream, host: host.to_owned(), buffer: vec![0; HEAD_BUFFER] }
     }
 
     /// MiB a second of one large answer.
@@ -97,8 +111,6 @@ impl Client {
     async fn ask(&mut self, path: &str, read: &mut (dyn FnMut(usize) + Send)) -> anyhow::Result<()> {
         let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n", self.host);
         self.stream.write_all(request.as_bytes()).await?;
-        self.buffer.clear();
-        self.buffer.resize(256 << 10, 0);
         let mut filled = 0;
         let end = loop {
             let length = self.stream.read(&mut self.buffer[filled..]).await?;
@@ -114,14 +126,14 @@ impl Client {
         let length: usize = length.with_context(|| format!("no length: {head}"))?.trim().parse()?;
         let mut left = length - (filled - end);
         read(filled - end);
-        while left > 0 {
-            let length = self.stream.read(&mut self.buffer).await?;
-            ensure!(length > 0, "it ended");
-            left -= length;
-            read(length);
-        }
-        if length < 1024 {
-            self.buffer = Vec::new();
+        if left > 0 {
+            let mut body = vec![0; BODY_BUFFER];
+            while left > 0 {
+                let length = self.stream.read(&mut body).await?;
+                ensure!(length > 0, "it ended");
+                left -= length;
+                read(length);
+            }
         }
         Ok(())
     }
