@@ -1,7 +1,7 @@
 //! The listener: HTTP/1.1 and HTTP/2, with TLS or without, on one port, with limits on everything that a peer can make large
 //! or slow.
 //!
-//! In reading order: [`sniff`] tells the two versions apart; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
+//! In reading order: each connection gets one of the [`workers`]; [`sniff`] tells the two versions apart; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
 //! [`head`] and [`chunks`] before hyper does; the [`leftover`] of a body that nobody wants is thrown away.
 
 pub mod chunks;
@@ -9,6 +9,7 @@ pub mod gate;
 pub mod head;
 pub mod leftover;
 mod sniff;
+pub mod workers;
 
 use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -29,7 +30,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use self::{gate::Gate, sniff::Protocol};
+use self::{gate::Gate, sniff::Protocol, workers::Workers};
 use crate::{app::App, preview::Peer};
 
 /// Limits of one listener.
@@ -71,12 +72,13 @@ const SEND_BUFFER: usize = 1 << 20;
 /// A peer that does not answer a ping for this long is gone.
 const PING: Duration = Duration::from_secs(20);
 
-/// Accepts connections until `stop`, by TLS if `tls` says how, then lets the requests under way end.
+/// Accepts connections for `workers` until `stop`, by TLS if `tls` says how, then lets the requests under way end.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<Arc<ServerConfig>>,
     app: Arc<App>,
     limits: Limits,
+    workers: Workers,
     stop: CancellationToken,
 ) {
     let tls = tls.map(TlsAcceptor::from);
@@ -96,13 +98,26 @@ pub async fn serve(
             watcher: graceful.watcher(),
             limits: limits.clone(),
         };
-        let stop = stop.clone();
-        tasks.spawn(async move {
+        // Where it was accepted it is of no use any more.
+        let stream = match stream.into_std() {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a connection cannot be handed on");
+                continue;
+            }
+        };
+        // One of its own: all who wait for the same one lock it, whenever they are woken by anything.
+        let stop = stop.child_token();
+        let serve = async move {
             let _permit = permit;
             metrics::gauge!("oc_gateway_connections").increment(1);
-            connection.serve(stream, peer, stop).await;
+            match TcpStream::from_std(stream) {
+                Ok(stream) => connection.serve(stream, peer, stop).await,
+                Err(error) => tracing::warn!(%error, "a connection cannot be watched"),
+            }
             metrics::gauge!("oc_gateway_connections").decrement(1);
-        });
+        };
+        tasks.spawn_on(serve, workers.next());
     }
     drop(listener);
     let websockets = Arc::clone(&app);

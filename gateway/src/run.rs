@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::{App, Settings},
     config::Config,
-    listener::{self, Limits},
+    listener::{self, Limits, workers::Workers},
     preview,
     tls::Certificates,
     ws,
@@ -39,6 +39,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
+    let workers = Workers::start(&ended).context("no threads")?;
     let clock = Arc::new(SystemClock);
     let settings = Settings {
         public_url: public_url.clone(),
@@ -71,7 +72,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         registration.leave().await;
         app.drain().await;
     };
-    tokio::join!(listener::serve(listener, tls, Arc::clone(&app), limits, stop.clone()), follow, leave);
+    let serve = listener::serve(listener, tls, Arc::clone(&app), limits, workers, stop.clone());
+    tokio::join!(serve, follow, leave);
     tracing::info!("stopped");
     Ok(())
 }

@@ -20,6 +20,7 @@ use oc_mesh::{
 use oc_proto::mesh::SchedulerRecord;
 use prost::Message as _;
 use prost_reflect::{DynamicMessage, MessageDescriptor};
+use tokio::runtime::Handle;
 use tonic::{
     Code, Status, Streaming,
     body::Body,
@@ -48,16 +49,18 @@ pub struct Upstreams {
     schedulers: View<SchedulerRecord>,
     sandboxes: Sandboxes,
     channels: Channels,
+    /// Where channels live. They serve connections of all [`workers`](crate::listener::workers), and have none of those to themselves.
+    runtime: Handle,
     turn: AtomicUsize,
     waking: Waking,
 }
 
 impl Upstreams {
-    /// Schedulers and hosts, as their records name them.
+    /// Schedulers and hosts, as their records name them. Channels to them live where this is called.
     #[must_use]
     pub fn new(schedulers: View<SchedulerRecord>, sandboxes: Sandboxes) -> Self {
         let (channels, turn, waking) = (Channels::new(), AtomicUsize::new(0), Waking::default());
-        Self { schedulers, sandboxes, channels, turn, waking }
+        Self { schedulers, sandboxes, channels, runtime: Handle::current(), turn, waking }
     }
 
     /// The sandboxes that calls go to.
@@ -149,6 +152,7 @@ impl Upstreams {
     /// # Errors
     /// `HOST_UNAVAILABLE` if it is none.
     pub fn channel(&self, endpoint: &str) -> Result<ClientChannel, Status> {
+        let _entered = self.runtime.enter();
         self.channels.get(endpoint).map_err(|error| {
             tracing::error!(%endpoint, %error, "a member's endpoint cannot be used");
             status(Reason::HostUnavailable, "the part that answers this call cannot be reached")

@@ -9,6 +9,7 @@ use std::{
     future::poll_fn,
     pin::{Pin, pin},
     task::{Context, Poll},
+    thread::{self, ThreadId},
 };
 
 use http::{Request, Response};
@@ -33,6 +34,8 @@ pub struct Line {
     sender: SendRequest<Upload>,
     /// What moves bytes; none once it has ended.
     driver: Option<Driver>,
+    /// Whose event loop its bytes wake.
+    thread: ThreadId,
 }
 
 impl fmt::Debug for Line {
@@ -49,7 +52,14 @@ impl Line {
     pub async fn new(stream: PortStream) -> hyper::Result<Self> {
         let (sender, connection) =
             http1::Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(stream)).await?;
-        Ok(Self { sender, driver: Some(Box::pin(connection.with_upgrades())) })
+        let driver: Driver = Box::pin(connection.with_upgrades());
+        Ok(Self { sender, driver: Some(driver), thread: thread::current().id() })
+    }
+
+    /// Whether it was made by this thread: others have to be woken by that one.
+    #[must_use]
+    pub fn is_of_this_thread(&self) -> bool {
+        self.thread == thread::current().id()
     }
 
     /// Moves what can be moved now.

@@ -119,12 +119,15 @@ impl Pool {
 }
 
 impl Place {
-    /// A connection that was kept, if there is one that still stands: the one that was used last.
+    /// A connection that was kept, if there is one that still stands: the one that was used last, of those that this thread hears of by
+    /// itself if there are any.
     pub async fn kept(&self) -> Option<Line> {
         loop {
             let mut line = {
                 let mut kept = self.shelf.kept.lock();
-                let at = kept.iter().rposition(|kept| kept.port == self.port)?;
+                let of_port = |kept: &Kept| kept.port == self.port;
+                let near = kept.iter().rposition(|kept| of_port(kept) && kept.line.is_of_this_thread());
+                let at = near.or_else(|| kept.iter().rposition(of_port))?;
                 kept.remove(at).line
             };
             if matches!(timeout(READY, line.ready()).await, Ok(Ok(()))) {

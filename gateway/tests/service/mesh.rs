@@ -9,7 +9,7 @@ use std::{
 
 use oc_gateway::{
     app::{App, Settings},
-    listener::{self, Limits},
+    listener::{self, Limits, workers::Workers},
     preview, ws,
 };
 use oc_mesh::{
@@ -165,7 +165,8 @@ impl Mesh {
         let app = App::new(store.clone(), settings, Arc::new(SystemClock), stop.clone(), stop.clone())
             .await
             .unwrap();
-        tasks.spawn(listener::serve(listener, None, Arc::clone(&app), limits, stop.clone()));
+        let workers = Workers::here();
+        tasks.spawn(listener::serve(listener, None, Arc::clone(&app), limits, workers, stop.clone()));
         Self {
             address,
             agent,

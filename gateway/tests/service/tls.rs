@@ -7,7 +7,7 @@ use http::{Request, header::CONTENT_TYPE};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use oc_gateway::{
-    listener::{self, Limits},
+    listener::{self, Limits, workers::Workers},
     tls::{Certificates, Files},
 };
 use oc_proto::v1::GetSandboxRequest;
@@ -58,7 +58,8 @@ impl Bed {
         let address = listener.local_addr().unwrap();
         let app = Arc::clone(&mesh.app);
         let stop = mesh.stop.clone();
-        mesh.tasks.spawn(listener::serve(listener, Some(tls), app, Limits::default(), stop));
+        let workers = Workers::here();
+        mesh.tasks.spawn(listener::serve(listener, Some(tls), app, Limits::default(), workers, stop));
         let mut roots = RootCertStore::empty();
         for certificate in [&default, &own] {
             roots.add(certificate.clone()).unwrap();
