@@ -1,5 +1,6 @@
 //! What a service shows of itself: one JSON line per event on standard error, and Prometheus metrics.
 
+mod json;
 mod lines;
 
 use std::{io, sync::OnceLock, time::Duration};
@@ -7,7 +8,7 @@ use std::{io, sync::OnceLock, time::Duration};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
-use self::lines::Lines;
+use self::{json::Json, lines::Lines};
 
 /// Bounds of latency histograms, seconds: from a relay hop to a cold boot.
 const LATENCY_BUCKETS: &[f64] =
@@ -41,9 +42,7 @@ pub fn init(service: &'static str) -> Logs {
     let writer = lines.clone();
     let started = tracing_subscriber::fmt()
         .json()
-        .flatten_event(true)
-        .with_current_span(true)
-        .with_span_list(false)
+        .event_format(Json)
         .with_env_filter(filter)
         .with_writer(move || writer.clone())
         .try_init()

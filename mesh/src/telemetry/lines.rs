@@ -24,13 +24,14 @@ const MOST: usize = 256 << 10;
 pub struct Lines(Arc<Shared>);
 
 struct Shared {
+    /// Locked before `aside` by who writes, and while it does: whoever logs meanwhile waits for nobody.
+    to: Mutex<Box<dyn Write + Send>>,
     aside: Mutex<Aside>,
     changed: Condvar,
 }
 
 struct Aside {
     lines: Vec<u8>,
-    to: Box<dyn Write + Send>,
     /// Whether somebody writes them: before and after that, lines are written at once.
     has_writer: bool,
 }
@@ -44,8 +45,8 @@ impl fmt::Debug for Lines {
 impl Lines {
     /// To this, at once until they are [started](Self::start).
     pub fn to(to: impl Write + Send + 'static) -> Self {
-        let aside = Aside { lines: Vec::new(), to: Box::new(to), has_writer: false };
-        Self(Arc::new(Shared { aside: Mutex::new(aside), changed: Condvar::new() }))
+        let aside = Mutex::new(Aside { lines: Vec::new(), has_writer: false });
+        Self(Arc::new(Shared { to: Mutex::new(Box::new(to)), aside, changed: Condvar::new() }))
     }
 
     /// Starts the thread that writes them, if the system permits.
@@ -60,10 +61,9 @@ impl Lines {
 
     /// Writes what is put aside, and from then on each line at once.
     pub fn end(&self) {
-        let mut aside = self.0.aside.lock();
-        aside.has_writer = false;
+        self.0.aside.lock().has_writer = false;
         // Nobody can be told that a log cannot be written.
-        let _ = aside.write();
+        let _ = self.write_aside();
         self.0.changed.notify_all();
     }
 
@@ -78,16 +78,20 @@ impl Lines {
             }
             // More may come meanwhile, which wakes nobody.
             self.0.changed.wait_for(&mut aside, LATE);
-            let _ = aside.write();
+            drop(aside);
+            let _ = self.write_aside();
         }
     }
-}
 
-impl Aside {
-    fn write(&mut self) -> io::Result<()> {
-        let written = self.to.write_all(&self.lines);
-        self.lines.clear();
-        written
+    /// Writes what is put aside, after what was put aside before.
+    fn write_aside(&self) -> io::Result<()> {
+        let mut to = self.0.to.lock();
+        let lines = {
+            let mut aside = self.0.aside.lock();
+            let room = Vec::with_capacity(aside.lines.len());
+            std::mem::replace(&mut aside.lines, room)
+        };
+        to.write_all(&lines)
     }
 }
 
@@ -96,8 +100,10 @@ impl Write for Lines {
         let mut aside = self.0.aside.lock();
         let is_first = aside.lines.is_empty();
         aside.lines.extend_from_slice(line);
-        if !aside.has_writer || aside.lines.len() >= MOST {
-            aside.write()?;
+        let is_due = !aside.has_writer || aside.lines.len() >= MOST;
+        drop(aside);
+        if is_due {
+            self.write_aside()?;
         } else if is_first {
             self.0.changed.notify_one();
         }

@@ -1,0 +1,183 @@
+//! An event as one line of JSON: `timestamp`, `level`, the event's fields, `target`, and `span` with the fields and the `name` of the span
+//! that it is in.
+//!
+//! The lines are those of `tracing_subscriber`'s own formatter, with which the log takes twice as long: a tenth of what a small request
+//! through a preview takes.
+
+use std::fmt::{self, Debug};
+
+use tracing::{
+    Event, Subscriber,
+    field::{Field, Visit},
+};
+use tracing_subscriber::{
+    fmt::{
+        FmtContext, FormatEvent, FormattedFields,
+        format::{JsonFields, Writer},
+        time::{FormatTime as _, SystemTime},
+    },
+    registry::LookupSpan,
+};
+
+/// Formats events.
+#[derive(Debug)]
+pub struct Json;
+
+impl<S> FormatEvent<S, JsonFields> for Json
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, JsonFields>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        writer.write_str("{\"timestamp\":\"")?;
+        SystemTime.format_time(&mut writer)?;
+        writer.write_str("\",\"level\":\"")?;
+        writer.write_str(event.metadata().level().as_str())?;
+        writer.write_char('"')?;
+        let mut fields = Fields { writer: writer.by_ref(), written: Ok(()) };
+        event.record(&mut fields);
+        fields.written?;
+        writer.write_str(",\"target\":")?;
+        string(&mut writer, event.metadata().target())?;
+        if let Some(span) = context.lookup_current() {
+            let extensions = span.extensions();
+            // An object, whole.
+            let fields =
+                extensions.get::<FormattedFields<JsonFields>>().map_or("{}", |fields| fields.as_str());
+            writer.write_str(",\"span\":")?;
+            writer.write_str(fields.strip_suffix('}').unwrap_or(fields))?;
+            writer.write_str(if fields == "{}" { "\"name\":" } else { ",\"name\":" })?;
+            string(&mut writer, span.name())?;
+            writer.write_char('}')?;
+        }
+        writer.write_str("}\n")
+    }
+}
+
+/// Writes fields, one after the other.
+struct Fields<'a> {
+    writer: Writer<'a>,
+    written: fmt::Result,
+}
+
+impl Fields<'_> {
+    fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
+        if self.written.is_ok() {
+            self.written = (|| {
+                self.writer.write_str(",\"")?;
+                // An identifier, or several with dots between.
+                self.writer.write_str(field.name())?;
+                self.writer.write_str("\":")?;
+                value(&mut self.writer)
+            })();
+        }
+    }
+}
+
+impl Visit for Fields<'_> {
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.write(field, |writer| {
+            // What it has no number for is null, as with serde_json.
+            if value.is_finite() { write!(writer, "{value:?}") } else { writer.write_str("null") }
+        });
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.write(field, |writer| write!(writer, "{value}"));
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.write(field, |writer| write!(writer, "{value}"));
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.write(field, |writer| writer.write_str(if value { "true" } else { "false" }));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.write(field, |writer| string(writer, value));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        self.write(field, |writer| string(writer, &format!("{value:?}")));
+    }
+}
+
+/// A string, escaped where it must be.
+fn string(writer: &mut Writer<'_>, text: &str) -> fmt::Result {
+    if text.bytes().any(|byte| byte < 0x20 || matches!(byte, b'"' | b'\\')) {
+        return writer.write_str(&serde_json::to_string(text).map_err(|_| fmt::Error)?);
+    }
+    writer.write_char('"')?;
+    writer.write_str(text)?;
+    writer.write_char('"')
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, sync::Arc};
+
+    use parking_lot::Mutex;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is logged, once by this formatter and once by the one whose lines these are.
+    fn both(log: fn()) -> [Vec<Value>; 2] {
+        let (ours, theirs) = (Written::default(), Written::default());
+        let (here, there) = (ours.clone(), theirs.clone());
+        let builder = || tracing_subscriber::fmt().json().flatten_event(true).with_span_list(false);
+        let subscriber = builder().event_format(Json).with_writer(move || here.clone()).finish();
+        tracing::subscriber::with_default(subscriber, log);
+        tracing::subscriber::with_default(builder().with_writer(move || there.clone()).finish(), log);
+        [ours, theirs].map(|written| {
+            let text = String::from_utf8(written.0.lock().clone()).unwrap();
+            let parse = |line: &str| {
+                let mut line: Value = serde_json::from_str(line).unwrap();
+                let at = line["timestamp"].take();
+                assert_eq!(at.as_str().unwrap().len(), "2026-01-01T00:00:00.000000Z".len());
+                line
+            };
+            text.lines().map(parse).collect()
+        })
+    }
+
+    #[test]
+    fn lines_are_those_of_the_usual_formatter() {
+        let [ours, theirs] = both(|| {
+            tracing::info!(count = 3, below = -3, share = 0.25, whole = 2.0, is_so = true, "plain");
+            let error = io::Error::other("a \"quoted\" thing\nand more");
+            tracing::error!(%error, path = ?std::path::Path::new("a\\b"), text = "tab\tand ü", none = None::<u64>);
+            tracing::warn!(nan = f64::NAN, huge = 1e300, error = &error as &dyn std::error::Error, "odd");
+            tracing::info_span!("outer", a = 1).in_scope(|| {
+                tracing::info_span!("inner", id = "x}", more = tracing::field::Empty).in_scope(|| {
+                    tracing::info!("within");
+                    tracing::Span::current().record("more", "}}");
+                    tracing::info!("within, with more");
+                });
+                tracing::info_span!("bare").in_scope(|| tracing::info!("in a bare one"));
+            });
+        });
+        assert_eq!(ours.len(), 6);
+        assert_eq!(ours, theirs);
+        assert_eq!(ours[0]["whole"], json!(2.0));
+    }
+}
