@@ -191,15 +191,16 @@ impl App {
             }
             response
         } else if grpc::is_call(request.headers()) {
-            grpc::serve(&self, &exchange, request).await
+            // Boxed, as the others: each request should carry its own weight alone.
+            Box::pin(grpc::serve(&self, &exchange, request)).await
         } else if let Some(refused) = self.origins.refuse(&request) {
             refused
         } else if let Some(preflight) = cors::preflight(&request) {
             preflight
         } else if let Some(asked) = ws::asked(&request) {
-            cors::allow(ws::serve(&self, &exchange, asked, request).await, origin)
+            cors::allow(Box::pin(ws::serve(&self, &exchange, asked, request)).await, origin)
         } else {
-            let response = rest::serve(&self, &exchange, request).await;
+            let response = Box::pin(rest::serve(&self, &exchange, request)).await;
             if is_http1 && !response.status().is_success() {
                 leftover.discard().await;
             }

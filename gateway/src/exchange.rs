@@ -84,18 +84,19 @@ impl Exchange {
         let elapsed = self.started.elapsed();
         let route = facts.route.as_deref().unwrap_or("unmatched");
         counted::end(known(&self.method), route, end.status, elapsed, end.bytes);
-        let ms = elapsed.as_secs_f64() * 1000.0;
+        // To a microsecond.
+        let ms = (elapsed.as_secs_f64() * 1e6).round() / 1e3;
         macro_rules! line {
             ($level:ident) => {
                 tracing::$level!(
-                    method = %self.method,
+                    method = self.method.as_str(),
                     route,
                     status = end.status,
                     grpc_status = end.grpc_status,
                     complete = end.complete,
                     bytes = end.bytes,
                     ms,
-                    request_id = %self.request_id,
+                    request_id = self.request_id,
                     tenant = facts.tenant.as_deref(),
                     sandbox = facts.sandbox.as_deref(),
                     "request"

@@ -49,7 +49,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
 /// A request's headers as the port gets them. `authority` is the host that it named.
 pub fn to_port(
     headers: &mut HeaderMap,
-    authority: &str,
+    authority: &HeaderValue,
     peer: Option<Peer>,
     request_id: &str,
     has_body: bool,
@@ -61,23 +61,19 @@ pub fn to_port(
         headers.remove(CONTENT_LENGTH);
     }
     join_cookies(headers);
-    let way = peer.map(|peer| Way::here(headers, authority, peer));
-    for name in [FORWARDED, REAL_IP, FORWARDED_FOR, FORWARDED_PROTO, FORWARDED_HOST, FORWARDED_PORT] {
-        headers.remove(name);
-    }
-    let mut set = |name: HeaderName, value: &str| {
-        if let Ok(value) = HeaderValue::from_str(value) {
-            headers.insert(name, value);
-        }
+    let way = peer.map(|peer| Way::here(headers, authority, peer)).unwrap_or_default();
+    headers.remove(FORWARDED);
+    headers.remove(REAL_IP);
+    let mut set = |name: HeaderName, value: Option<HeaderValue>| match value {
+        Some(value) => headers.insert(name, value),
+        None => headers.remove(name),
     };
-    set(HOST, authority);
-    set(REQUEST_ID, request_id);
-    if let Some(way) = way {
-        set(FORWARDED_FOR, &way.addresses);
-        set(FORWARDED_PROTO, &way.scheme);
-        set(FORWARDED_HOST, &way.host);
-        set(FORWARDED_PORT, &way.port);
-    }
+    set(HOST, Some(authority.clone()));
+    set(REQUEST_ID, HeaderValue::from_str(request_id).ok());
+    set(FORWARDED_FOR, way.addresses);
+    set(FORWARDED_PROTO, way.scheme);
+    set(FORWARDED_HOST, way.host);
+    set(FORWARDED_PORT, way.port);
 }
 
 /// Puts cookies that came in several fields, as HTTP/2 has them, into the one that HTTP/1.1 has (RFC 9113, 8.2.3).
@@ -91,36 +87,38 @@ fn join_cookies(headers: &mut HeaderMap) {
 }
 
 /// How a request came to us, as the port is told.
+#[derive(Default)]
 struct Way {
-    addresses: String,
-    scheme: String,
-    host: String,
-    port: String,
+    addresses: Option<HeaderValue>,
+    scheme: Option<HeaderValue>,
+    host: Option<HeaderValue>,
+    port: Option<HeaderValue>,
 }
 
 impl Way {
     /// As the last proxy of ours says that it began, with that proxy added; anybody else may have made it up.
-    fn here(headers: &HeaderMap, authority: &str, peer: Peer) -> Self {
+    fn here(headers: &HeaderMap, authority: &HeaderValue, peer: Peer) -> Self {
         let told = |name: HeaderName| {
             let values: Vec<&str> = tokens(headers, &name).filter(|_| peer.is_trusted).collect();
             (!values.is_empty()).then(|| values.join(", "))
         };
-        let address = peer.address.to_string();
-        let scheme =
-            told(FORWARDED_PROTO).unwrap_or_else(|| if peer.is_tls { "https" } else { "http" }.to_owned());
+        let value = |text: String| HeaderValue::try_from(text).ok();
+        let before = told(FORWARDED_FOR).map(|before| before + ", ").unwrap_or_default();
+        let told_scheme = told(FORWARDED_PROTO);
+        let (scheme, usual) = match (told_scheme.as_deref(), peer.is_tls) {
+            (Some(told), _) if told.starts_with("https") => ("https", 443),
+            (None, true) => ("https", 443),
+            (Some(_), _) | (None, false) => ("http", 80),
+        };
         let port = || {
-            let named = authority.parse::<Authority>().ok().and_then(|authority| authority.port_u16());
-            let usual = if scheme.starts_with("https") { 443 } else { 80 };
-            named.unwrap_or(usual).to_string()
+            let named = authority.to_str().ok().and_then(|authority| authority.parse::<Authority>().ok());
+            HeaderValue::from(named.and_then(|authority| authority.port_u16()).unwrap_or(usual))
         };
         Self {
-            addresses: match told(FORWARDED_FOR) {
-                Some(before) => format!("{before}, {address}"),
-                None => address,
-            },
-            host: told(FORWARDED_HOST).unwrap_or_else(|| authority.to_owned()),
-            port: told(FORWARDED_PORT).unwrap_or_else(port),
-            scheme,
+            addresses: value(format!("{before}{}", peer.address)),
+            scheme: told_scheme.map_or_else(|| Some(HeaderValue::from_static(scheme)), value),
+            host: told(FORWARDED_HOST).map_or_else(|| Some(authority.clone()), value),
+            port: told(FORWARDED_PORT).map_or_else(|| Some(port()), value),
         }
     }
 }
@@ -171,7 +169,7 @@ mod tests {
             ("content-length", "0"),
         ]);
         let peer = Peer { address: "192.0.2.1".parse().unwrap(), is_tls: true, is_trusted: false };
-        to_port(&mut given, "a.example:8443", Some(peer), "r-1", false);
+        to_port(&mut given, &HeaderValue::from_static("a.example:8443"), Some(peer), "r-1", false);
         let expected = headers(&[
             ("host", "a.example:8443"),
             ("x-request-id", "r-1"),
@@ -187,7 +185,7 @@ mod tests {
     fn cookies_become_one_field() {
         let mut given =
             headers(&[("cookie", "a=b"), ("cookie", "c=d; e=f"), ("accept", "x"), ("accept", "y")]);
-        to_port(&mut given, "a.example", None, "r-1", false);
+        to_port(&mut given, &HeaderValue::from_static("a.example"), None, "r-1", false);
         let all =
             |name: &str| given.get_all(name).iter().map(|value| value.to_str().unwrap()).collect::<Vec<_>>();
         assert_eq!((all("cookie"), all("accept")), (vec!["a=b; c=d; e=f"], vec!["x", "y"]));
@@ -198,7 +196,7 @@ mod tests {
         let peer = Peer { address: "10.0.0.2".parse().unwrap(), is_tls: false, is_trusted: true };
         let forwarded = |pairs: &[_]| {
             let mut given = headers(pairs);
-            to_port(&mut given, "a.example", Some(peer), "r-1", false);
+            to_port(&mut given, &HeaderValue::from_static("a.example"), Some(peer), "r-1", false);
             ["for", "proto", "host", "port"]
                 .map(|what| given[&format!("x-forwarded-{what}")].to_str().unwrap().to_owned())
         };

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts};
+use http::{
+    HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts,
+};
 use http_body::Body as _;
 use hyper::{body::Incoming, client::conn::TrySendError};
 use oc_mesh::{
@@ -51,7 +53,6 @@ pub async fn serve(
         let to = To::find(app, exchange, place, &mut parts).await?;
         to.pass(parts, body, asks).await
     };
-    // Boxed: requests that are not for a port should not carry its weight.
     match Box::pin(passed).await {
         Ok(response) => response,
         Err(error) => page::answer(&presentable(error), html, &exchange.request_id),
@@ -106,11 +107,10 @@ impl<'a> To<'a> {
         let patience = Patience::of(&parts.headers);
         let peer = parts.extensions.get::<Peer>().copied();
         let authority = match parts.uri.authority() {
-            Some(authority) => authority.as_str().to_owned(),
-            None => {
-                parts.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned()
-            }
+            Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+            None => parts.headers.get(HOST).cloned(),
         };
+        let authority = authority.unwrap_or_else(|| HeaderValue::from_static(""));
         let has_body = !body.is_end_stream();
         headers::to_port(&mut parts.headers, &authority, peer, &self.exchange.request_id, has_body);
         let room = asks.map(|_| self.app.websockets.place()).transpose()?;
