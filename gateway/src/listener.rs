@@ -133,6 +133,7 @@ pub async fn serve(
         tracing::warn!(connections = tasks.len(), "requests were still under way at the end of the drain");
     }
     tasks.shutdown().await;
+    workers.end().await;
 }
 
 /// The next connection, once there is room for it.

@@ -39,7 +39,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
-    let workers = Workers::start(&ended).context("no threads")?;
+    let workers = Workers::start().context("no threads")?;
     let clock = Arc::new(SystemClock);
     let settings = Settings {
         public_url: public_url.clone(),

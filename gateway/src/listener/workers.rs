@@ -8,49 +8,86 @@ mod slice;
 use std::{
     io,
     num::NonZero,
-    sync::atomic::{AtomicUsize, Ordering},
-    thread,
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
 };
 
-use tokio::runtime::{Builder, Handle};
-use tokio_util::sync::CancellationToken;
+use tokio::{
+    runtime::{Builder, Handle},
+    task::spawn_blocking,
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// The threads. Their tasks end with the token that they were started with.
+/// How long the end of a thread waits for what it has handed to others, such as a read of the store's file.
+const ENDS_WITHIN: Duration = Duration::from_secs(1);
+
+/// The threads. What lives on them ends with this.
 #[derive(Debug)]
 pub struct Workers {
     loops: Vec<Handle>,
     next: AtomicUsize,
+    threads: Vec<JoinHandle<()>>,
+    ended: CancellationToken,
+    end: DropGuard,
 }
 
 impl Workers {
-    /// Starts one for each processor that this process may use, until `ended`.
+    /// Starts one for each processor that this process may use.
     ///
     /// # Errors
     ///
     /// If the system does not permit.
-    pub fn start(ended: &CancellationToken) -> io::Result<Self> {
+    pub fn start() -> io::Result<Self> {
+        let mut workers = Self::on(Vec::new());
         let count = thread::available_parallelism().map_or(1, NonZero::get);
-        let started = (0..count).map(|number| {
-            let runtime = Builder::new_current_thread().enable_all().build()?;
-            let (handle, ended) = (runtime.handle().clone(), ended.clone());
-            let work = move || {
-                slice::shorten();
-                runtime.block_on(ended.cancelled());
+        for number in 0..count {
+            let (tell, told) = mpsc::channel();
+            let ended = workers.ended.clone();
+            let work = move || match Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => {
+                    let _ = tell.send(Ok(runtime.handle().clone()));
+                    slice::shorten();
+                    runtime.block_on(ended.cancelled());
+                    runtime.shutdown_timeout(ENDS_WITHIN);
+                }
+                Err(error) => {
+                    let _ = tell.send(Err(error));
+                }
             };
-            thread::Builder::new().name(format!("edge-{number}")).spawn(work)?;
-            Ok(handle)
-        });
-        Ok(Self { loops: started.collect::<io::Result<_>>()?, next: AtomicUsize::new(0) })
+            workers.threads.push(thread::Builder::new().name(format!("edge-{number}")).spawn(work)?);
+            workers.loops.push(told.recv().map_err(io::Error::other)??);
+        }
+        Ok(workers)
     }
 
     /// The one that runs this.
     #[must_use]
     pub fn here() -> Self {
-        Self { loops: vec![Handle::current()], next: AtomicUsize::new(0) }
+        Self::on(vec![Handle::current()])
+    }
+
+    fn on(loops: Vec<Handle>) -> Self {
+        let ended = CancellationToken::new();
+        let end = ended.clone().drop_guard();
+        Self { loops, next: AtomicUsize::new(0), threads: Vec::new(), ended, end }
     }
 
     /// Where the next connection goes: to each in turn.
     pub(super) fn next(&self) -> &Handle {
         &self.loops[self.next.fetch_add(1, Ordering::Relaxed) % self.loops.len()]
+    }
+
+    /// Ends what still lives there, and waits until it has ended: a request that is broken off is logged, and its port told.
+    pub(super) async fn end(self) {
+        let Self { threads, end, .. } = self;
+        drop(end);
+        let joined = spawn_blocking(|| threads.into_iter().for_each(|thread| drop(thread.join())));
+        if let Err(error) = joined.await {
+            tracing::error!(%error, "threads of connections have not ended");
+        }
     }
 }

@@ -58,7 +58,7 @@ impl Bed {
         let address = listener.local_addr().unwrap();
         let app = Arc::clone(&mesh.app);
         let stop = mesh.stop.clone();
-        let workers = Workers::here();
+        let workers = Workers::start().unwrap();
         mesh.tasks.spawn(listener::serve(listener, Some(tls), app, Limits::default(), workers, stop));
         let mut roots = RootCertStore::empty();
         for certificate in [&default, &own] {

@@ -10,6 +10,7 @@ use tracing::{
     Event, Subscriber,
     field::{Field, Visit},
 };
+use tracing_log::NormalizeEvent as _;
 use tracing_subscriber::{
     fmt::{
         FmtContext, FormatEvent, FormattedFields,
@@ -33,17 +34,21 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
+        // Events of the `log` crate say in fields what others have as their own.
+        let normalized = event.normalized_metadata();
+        let metadata = normalized.as_ref().unwrap_or_else(|| event.metadata());
         writer.write_str("{\"timestamp\":\"")?;
         SystemTime.format_time(&mut writer)?;
         writer.write_str("\",\"level\":\"")?;
-        writer.write_str(event.metadata().level().as_str())?;
+        writer.write_str(metadata.level().as_str())?;
         writer.write_char('"')?;
         let mut fields = Fields { writer: writer.by_ref(), written: Ok(()) };
         event.record(&mut fields);
         fields.written?;
         writer.write_str(",\"target\":")?;
-        string(&mut writer, event.metadata().target())?;
-        if let Some(span) = context.lookup_current() {
+        string(&mut writer, metadata.target())?;
+        let parent = event.parent().and_then(|id| context.span(id));
+        if let Some(span) = parent.or_else(|| context.lookup_current()) {
             let extensions = span.extensions();
             // An object, whole.
             let fields =
@@ -66,12 +71,11 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
-        if self.written.is_ok() {
+        if self.written.is_ok() && !field.name().starts_with("log.") {
             self.written = (|| {
-                self.writer.write_str(",\"")?;
-                // An identifier, or several with dots between.
-                self.writer.write_str(field.name())?;
-                self.writer.write_str("\":")?;
+                self.writer.write_char(',')?;
+                string(&mut self.writer, field.name())?;
+                self.writer.write_char(':')?;
                 value(&mut self.writer)
             })();
         }
@@ -123,6 +127,10 @@ mod tests {
 
     use parking_lot::Mutex;
     use serde_json::{Value, json};
+    use tracing_log::{
+        format_trace,
+        log::{Level, Record},
+    };
 
     use super::*;
 
@@ -167,6 +175,9 @@ mod tests {
             let error = io::Error::other("a \"quoted\" thing\nand more");
             tracing::error!(%error, path = ?std::path::Path::new("a\\b"), text = "tab\tand ü", none = None::<u64>);
             tracing::warn!(nan = f64::NAN, huge = 1e300, error = &error as &dyn std::error::Error, "odd");
+            let by_log = format_args!("by log");
+            format_trace(&Record::builder().level(Level::Warn).target("elsewhere").args(by_log).build())
+                .unwrap();
             tracing::info_span!("outer", a = 1).in_scope(|| {
                 tracing::info_span!("inner", id = "x}", more = tracing::field::Empty).in_scope(|| {
                     tracing::info!("within");
@@ -176,7 +187,7 @@ mod tests {
                 tracing::info_span!("bare").in_scope(|| tracing::info!("in a bare one"));
             });
         });
-        assert_eq!(ours.len(), 6);
+        assert_eq!(ours.len(), 7);
         assert_eq!(ours, theirs);
         assert_eq!(ours[0]["whole"], json!(2.0));
     }

@@ -1,8 +1,8 @@
 //! Lines of a log, which are written together.
 //!
 //! A line for each request is a system call for each, during which all other threads that log wait: a twentieth of what a small
-//! request takes. So lines are put aside, and written by a thread of their own, [`LATE`] after the first of them. A process that is killed
-//! loses those; what a panic says does not come by this way.
+//! request takes. So lines are put aside, and written by a thread of their own, [`LATE`] after the first of them, or once those before are
+//! written. A process that is killed loses those; what a panic says does not come by this way.
 
 use std::{
     fmt,
@@ -16,8 +16,11 @@ use parking_lot::{Condvar, Mutex};
 
 /// How late a line may be written.
 const LATE: Duration = Duration::from_millis(10);
-/// Bytes that may be put aside. Who logs more writes, too.
-const MOST: usize = 256 << 10;
+/// Bytes that may be put aside. Who logs more writes, too, and waits for its turn to; a busy gateway logs so much in a third of a second.
+const MOST: usize = 4 << 20;
+
+/// Bytes that there is room for from the start.
+const ROOM: usize = 256 << 10;
 
 /// Where lines are put aside. Clones are the same.
 #[derive(Clone)]
@@ -88,7 +91,8 @@ impl Lines {
         let mut to = self.0.to.lock();
         let lines = {
             let mut aside = self.0.aside.lock();
-            let room = Vec::with_capacity(aside.lines.len());
+            // Others wait for this, so a large one is not made.
+            let room = Vec::with_capacity(aside.lines.len().min(ROOM));
             std::mem::replace(&mut aside.lines, room)
         };
         to.write_all(&lines)

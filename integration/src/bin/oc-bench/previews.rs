@@ -62,16 +62,16 @@ pub async fn measure(mesh: &Mesh, table: &mut Table) -> anyhow::Result<()> {
     table.row("by nginx beside it", beside(&far, rate), RATIO, Target::None);
     table.row("preview of a host elsewhere: small answers, p99", of(&far, tail), "ms", Target::None);
 
-    let bulk = async |proxy: &Proxy| -> anyhow::Result<f64> {
-        let mut rates = Vec::new();
-        for _ in 0..ROUNDS {
+    let mut bulk = [Vec::new(), Vec::new(), Vec::new()];
+    for _ in 0..ROUNDS {
+        for (rates, proxy) in bulk.iter_mut().zip([&bed.nginx, &bed.near, &bed.far]) {
             rates.push(download(proxy, BULK_MIB << 20).await?);
         }
-        Ok(median(&rates))
-    };
-    table.row("floor: nginx, a large answer", bulk(&bed.nginx).await?, "MiB/s", Target::None);
-    table.row("preview: a large answer", bulk(&bed.near).await?, "MiB/s", Target::None);
-    table.row("preview of a host elsewhere: a large answer", bulk(&bed.far).await?, "MiB/s", Target::None);
+    }
+    let [theirs, ours, far] = bulk.map(|rates| median(&rates));
+    table.row("floor: nginx, a large answer", theirs, "MiB/s", Target::None);
+    table.row("preview: a large answer", ours, "MiB/s", Target::None);
+    table.row("preview of a host elsewhere: a large answer", far, "MiB/s", Target::None);
 
     let resident = || processes::memory_kib(bed.gateway_pid, "status", "VmRSS").context("no gateway");
     let before = resident()?;

@@ -158,7 +158,7 @@ fn free_port() -> anyhow::Result<u16> {
 fn nginx(directory: &Path, serves: &str) -> anyhow::Result<Child> {
     fs::create_dir(directory)?;
     let config = format!(
-        "user root; daemon off; worker_processes 2; pid nginx.pid;\n\
+        "user root; daemon off; worker_processes auto; pid nginx.pid;\n\
          events {{ worker_connections 16384; }}\n\
          http {{\n\
          client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;\n\
