@@ -71,7 +71,7 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
-        if self.written.is_ok() && !field.name().starts_with("log.") {
+        if self.written.is_ok() {
             self.written = (|| {
                 self.writer.write_char(',')?;
                 string(&mut self.writer, field.name())?;
