@@ -165,10 +165,11 @@ pub async fn a_flood_waits_for_its_reader_and_disturbs_no_other(mesh: Arc<Mesh>)
     let flood = sessions.start("exec cat /dev/zero").await?;
     let terms = AttachStart { acknowledges: true, ..Default::default() };
     let mut reader = sessions.attach(&flood, terms).await?;
-    // A piece that does not fit waits whole, and none is larger than 256 KiB: so much of the ring is filled for certain.
-    let (ring, piece) = (1 << 20, 256 << 10);
+    // A piece that does not fit waits whole, and none is larger than 256 KiB; each counts for 64 bytes more than it has, and none is
+    // smaller than a page: all but so much of the ring is filled for certain.
+    let (ring, piece, counted) = (1 << 20, 256 << 10, 16 << 10);
     let mut read = 0;
-    while read < ring - piece {
+    while read < ring - piece - counted {
         if let Event::Output(output) = reader.next().await? {
             read += output.data.len() as u64;
         }
