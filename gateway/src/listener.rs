@@ -106,8 +106,7 @@ pub async fn serve(
                 continue;
             }
         };
-        // One of its own: all who wait for the same one lock it, whenever they are woken by anything.
-        let stop = stop.child_token();
+        let stop = stop.clone();
         let serve = async move {
             let _permit = permit;
             metrics::gauge!("oc_gateway_connections").increment(1);
