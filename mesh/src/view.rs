@@ -20,7 +20,7 @@ use crate::{
 /// Pause before a broken watch is tried again.
 const RETRY: Duration = Duration::from_millis(200);
 
-/// Records by key, with the revisions that wrote them.
+/// Records by ID, which is their key without the prefix, with the revisions that wrote them.
 type Records<M> = BTreeMap<String, (Revision, Arc<M>)>;
 
 /// The mirror. Clones show the same.
@@ -73,17 +73,13 @@ impl<M: Message + Default + Send + Sync + 'static> View<M> {
 
     /// The record under the prefix and `id`.
     pub fn get(&self, id: &str) -> Option<Arc<M>> {
-        let key = format!("{}{id}", self.prefix);
-        self.shared.records.read().get(&key).map(|(_, record)| Arc::clone(record))
+        self.shared.records.read().get(id).map(|(_, record)| Arc::clone(record))
     }
 
     /// All records, with their IDs, in order.
     pub fn all(&self) -> Vec<(String, Arc<M>)> {
         let records = self.shared.records.read();
-        records
-            .iter()
-            .map(|(key, (_, record))| (key[self.prefix.len()..].to_owned(), Arc::clone(record)))
-            .collect()
+        records.iter().map(|(id, (_, record))| (id.clone(), Arc::clone(record))).collect()
     }
 
     /// Whether the watch is connected. What is shown while it is not may be old.
@@ -111,8 +107,13 @@ async fn list<M: Message + Default>(
     prefix: &str,
 ) -> Result<(Records<M>, Revision), StoreError> {
     let (records, revision) = record::list::<M>(store.as_ref(), prefix).await?;
-    let records = records.into_iter().map(|(key, record, written)| (key, (written, Arc::new(record))));
+    let records =
+        records.into_iter().map(|(key, record, written)| (id_of(prefix, &key), (written, Arc::new(record))));
     Ok((records.collect(), revision))
+}
+
+fn id_of(prefix: &str, key: &str) -> String {
+    key.strip_prefix(prefix).unwrap_or(key).to_owned()
 }
 
 /// What keeps a view current.
@@ -164,21 +165,21 @@ impl<M: Message + Default + Send + Sync + 'static> Mirror<M> {
                     decoded.push(match event {
                         Event::Put(entry) => {
                             let record = record::decode::<M>(&entry)?;
-                            (entry.key, entry.mod_revision, Some(Arc::new(record)))
+                            (id_of(self.prefix, &entry.key), entry.mod_revision, Some(Arc::new(record)))
                         }
-                        Event::Delete { key, revision } => (key, revision, None),
+                        Event::Delete { key, revision } => (id_of(self.prefix, &key), revision, None),
                     });
                 }
                 // All of one revision at once: nobody sees half a transaction.
                 let mut records = self.shared.records.write();
-                for (key, changed, record) in decoded {
+                for (id, changed, record) in decoded {
                     // A long list is not of one moment: what it showed late is newer than the first changes after it.
-                    if records.get(&key).is_some_and(|(shown, _)| *shown > changed) {
+                    if records.get(&id).is_some_and(|(shown, _)| *shown > changed) {
                         continue;
                     }
                     match record {
-                        Some(record) => records.insert(key, (changed, record)),
-                        None => records.remove(&key),
+                        Some(record) => records.insert(id, (changed, record)),
+                        None => records.remove(&id),
                     };
                 }
             }
