@@ -6,6 +6,7 @@
 
 use std::fmt::{self, Debug};
 
+use serde::Serialize;
 use tracing::{
     Event, Subscriber,
     field::{Field, Visit},
@@ -19,6 +20,9 @@ use tracing_subscriber::{
     },
     registry::LookupSpan,
 };
+
+/// Room for most lines.
+const ROOM: usize = 512;
 
 /// Formats events.
 #[derive(Debug)]
@@ -37,88 +41,84 @@ where
         // Events of the `log` crate say in fields what others have as their own.
         let normalized = event.normalized_metadata();
         let metadata = normalized.as_ref().unwrap_or_else(|| event.metadata());
-        writer.write_str("{\"timestamp\":\"")?;
-        SystemTime.format_time(&mut writer)?;
-        writer.write_str("\",\"level\":\"")?;
-        writer.write_str(metadata.level().as_str())?;
-        writer.write_char('"')?;
-        let mut fields = Fields { writer: writer.by_ref(), written: Ok(()) };
-        event.record(&mut fields);
-        fields.written?;
-        writer.write_str(",\"target\":")?;
-        string(&mut writer, metadata.target())?;
+        let mut line = Line(Vec::with_capacity(ROOM));
+        line.push("{\"timestamp\":\"");
+        SystemTime.format_time(&mut Writer::new(&mut line))?;
+        line.push("\",\"level\":\"");
+        line.push(metadata.level().as_str());
+        line.push("\"");
+        event.record(&mut line);
+        line.push(",\"target\":");
+        line.value(metadata.target());
         let parent = event.parent().and_then(|id| context.span(id));
         if let Some(span) = parent.or_else(|| context.lookup_current()) {
             let extensions = span.extensions();
             // An object, whole.
             let fields =
                 extensions.get::<FormattedFields<JsonFields>>().map_or("{}", |fields| fields.as_str());
-            writer.write_str(",\"span\":")?;
-            writer.write_str(fields.strip_suffix('}').unwrap_or(fields))?;
-            writer.write_str(if fields == "{}" { "\"name\":" } else { ",\"name\":" })?;
-            string(&mut writer, span.name())?;
-            writer.write_char('}')?;
+            line.push(",\"span\":");
+            line.push(fields.strip_suffix('}').unwrap_or(fields));
+            line.push(if fields == "{}" { "\"name\":" } else { ",\"name\":" });
+            line.value(span.name());
+            line.push("}");
         }
-        writer.write_str("}\n")
+        line.push("}\n");
+        writer.write_str(str::from_utf8(&line.0).map_err(|_| fmt::Error)?)
     }
 }
 
-/// Writes fields, one after the other.
-struct Fields<'a> {
-    writer: Writer<'a>,
-    written: fmt::Result,
-}
+/// A line that grows.
+struct Line(Vec<u8>);
 
-impl Fields<'_> {
-    fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
-        if self.written.is_ok() {
-            self.written = (|| {
-                self.writer.write_char(',')?;
-                string(&mut self.writer, field.name())?;
-                self.writer.write_char(':')?;
-                value(&mut self.writer)
-            })();
-        }
+impl Line {
+    fn push(&mut self, text: &str) {
+        self.0.extend_from_slice(text.as_bytes());
+    }
+
+    fn value(&mut self, value: impl Serialize) {
+        // It is of memory, and takes everything that has a form in JSON; what has none is null.
+        let _ = serde_json::to_writer(&mut self.0, &value);
+    }
+
+    fn field(&mut self, field: &Field, value: impl Serialize) {
+        self.push(",");
+        self.value(field.name());
+        self.push(":");
+        self.value(value);
     }
 }
 
-impl Visit for Fields<'_> {
+impl fmt::Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.push(text);
+        Ok(())
+    }
+}
+
+impl Visit for Line {
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.write(field, |writer| {
-            // What it has no number for is null, as with serde_json.
-            if value.is_finite() { write!(writer, "{value:?}") } else { writer.write_str("null") }
-        });
+        self.field(field, value);
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.write(field, |writer| write!(writer, "{value}"));
+        self.field(field, value);
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.write(field, |writer| write!(writer, "{value}"));
+        self.field(field, value);
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.write(field, |writer| writer.write_str(if value { "true" } else { "false" }));
+        self.field(field, value);
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.write(field, |writer| string(writer, value));
+        self.field(field, value);
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.write(field, |writer| string(writer, &format!("{value:?}")));
+        self.field(field, format_args!("{value:?}"));
     }
-}
-
-/// A string, escaped where it must be.
-fn string(writer: &mut Writer<'_>, text: &str) -> fmt::Result {
-    if text.bytes().any(|byte| byte < 0x20 || matches!(byte, b'"' | b'\\')) {
-        return writer.write_str(&serde_json::to_string(text).map_err(|_| fmt::Error)?);
-    }
-    writer.write_char('"')?;
-    writer.write_str(text)?;
-    writer.write_char('"')
 }
 
 #[cfg(test)]

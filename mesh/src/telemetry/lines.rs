@@ -26,9 +26,15 @@ pub struct Lines(Arc<Shared>);
 
 struct Shared {
     /// Locked before `aside` by who writes, and while it does: whoever logs meanwhile waits for nobody.
-    to: Mutex<Box<dyn Write + Send>>,
+    to: Mutex<To>,
     aside: Mutex<Aside>,
     changed: Condvar,
+}
+
+struct To {
+    writer: Box<dyn Write + Send>,
+    /// Room for the next lines: what was written last.
+    room: Vec<u8>,
 }
 
 struct Aside {
@@ -47,7 +53,8 @@ impl Lines {
     /// To this, at once until they are [started](Self::start).
     pub fn to(to: impl Write + Send + 'static) -> Self {
         let aside = Mutex::new(Aside { lines: Vec::new(), has_writer: false });
-        Self(Arc::new(Shared { to: Mutex::new(Box::new(to)), aside, changed: Condvar::new() }))
+        let to = Mutex::new(To { writer: Box::new(to), room: Vec::new() });
+        Self(Arc::new(Shared { to, aside, changed: Condvar::new() }))
     }
 
     /// Starts the thread that writes them, if the system permits.
@@ -86,13 +93,10 @@ impl Lines {
 
     /// Writes what is put aside, after what was put aside before.
     fn write_aside(&self) -> io::Result<()> {
-        let mut to = self.0.to.lock();
-        let lines = {
-            let mut aside = self.0.aside.lock();
-            let room = Vec::with_capacity(aside.lines.len());
-            std::mem::replace(&mut aside.lines, room)
-        };
-        to.write_all(&lines)
+        let To { writer, room } = &mut *self.0.to.lock();
+        room.clear();
+        std::mem::swap(room, &mut self.0.aside.lock().lines);
+        writer.write_all(room)
     }
 }
 
