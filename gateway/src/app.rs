@@ -27,7 +27,7 @@ use crate::{
     auth::{Authenticator, Identity, file_url::FileUrls, keys::ApiKeys},
     budget::Budget,
     cors::{self, AllowedOrigins},
-    exchange::{Ending, Exchange},
+    exchange::{Ending, Exchange, Followed},
     grpc::{self, local::Local},
     listener::{head::Refused, leftover},
     preview::{self, Peer, Previews},
@@ -163,7 +163,7 @@ impl App {
     }
 
     /// Answers one request.
-    pub async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, peer: Peer) -> Response<Followed> {
         let exchange = Exchange::begin(request.method(), request.headers());
         let ending = Ending::of(Arc::clone(&exchange));
         let is_http1 = request.version() < Version::HTTP_2;
@@ -185,7 +185,7 @@ impl App {
             return ending.follow(response, None);
         };
         let response = if let Some(place) = place {
-            let response = preview::proxy::serve(&self, &exchange, place, request).await;
+            let response = preview::proxy::serve(&self, &exchange, place, request, &peer).await;
             if is_http1 && response.status().is_client_error() | response.status().is_server_error() {
                 leftover.discard().await;
             }
@@ -210,11 +210,11 @@ impl App {
     }
 
     /// Answers what is no request.
-    pub fn refuse(&self, refused: &Refused, peer: Peer) -> Response<Body> {
+    pub fn refuse(&self, refused: &Refused, peer: &Peer) -> Response<Followed> {
         let Refused { problem, request } = refused;
         let exchange = Exchange::begin(request.method(), request.headers());
         let ending = Ending::of(Arc::clone(&exchange));
-        tracing::info!(%problem, peer = %peer.address, request_id = exchange.request_id, "what came is no request");
+        tracing::info!(%problem, peer = %peer.address, request_id = exchange.request_id(), "what came is no request");
         let error = status(problem.reason(), problem.to_string());
         let response = if self.previews.hosts.place(request).is_some() {
             preview::proxy::refuse(&exchange, &error, request.headers())
@@ -236,7 +236,7 @@ impl App {
             sandbox,
             public_url: self.public_url.clone(),
             preview_domain: self.previews.domain().to_owned(),
-            request_id: exchange.request_id.clone(),
+            request_id: exchange.request_id().to_owned(),
         }
     }
 
@@ -245,7 +245,7 @@ impl App {
         // An address of IPv4 may come dressed as one of IPv6.
         let address = address.to_canonical();
         let is_trusted = self.trusted_proxies.iter().any(|network| network.contains(&address));
-        Peer { address, is_tls, is_trusted }
+        Peer::new(address, is_tls, is_trusted)
     }
 
     /// Cancelled when the gateway goes down.
@@ -263,24 +263,24 @@ impl App {
         if request.method() != Method::GET {
             return None;
         }
-        let path = request.uri().path();
-        let response = match path {
-            "/healthz" => text(StatusCode::OK, "ok\n".to_owned()),
-            "/readyz" => match self.readiness.missing() {
-                None => text(StatusCode::OK, "ready\n".to_owned()),
-                Some(missing) => {
-                    let mut response =
-                        text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {missing}\n"));
-                    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-                    response
-                }
-            },
-            "/metrics" => text(StatusCode::OK, oc_mesh::telemetry::render_metrics()),
+        let (route, response) = match request.uri().path() {
+            "/healthz" => ("/healthz", text(StatusCode::OK, "ok\n".to_owned())),
+            "/readyz" => ("/readyz", self.is_ready()),
+            "/metrics" => ("/metrics", text(StatusCode::OK, oc_mesh::telemetry::render_metrics())),
             _ => return None,
         };
-        exchange.set_route(path);
+        exchange.set_route(route);
         exchange.set_quiet();
         Some(response)
+    }
+
+    fn is_ready(&self) -> Response<Body> {
+        let Some(missing) = self.readiness.missing() else {
+            return text(StatusCode::OK, "ready\n".to_owned());
+        };
+        let mut response = text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {missing}\n"));
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        response
     }
 }
 

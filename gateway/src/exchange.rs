@@ -6,21 +6,26 @@
 mod counted;
 
 use std::{
+    borrow::Cow,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response};
 use http_body::{Body as _, Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tonic::{Status, body::Body};
 use uuid::Uuid;
 
+use crate::sandboxes::Shown;
+
 /// Names a request in logs, answers and calls to other parts.
-pub const REQUEST_ID: &str = "x-request-id";
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// What is logged for a caller who went away before there was an answer.
 const CLIENT_GONE: u16 = 499;
@@ -28,8 +33,7 @@ const CLIENT_GONE: u16 = 499;
 /// One request on its way through the gateway.
 #[derive(Debug)]
 pub struct Exchange {
-    /// The caller's `x-request-id` if it is a sane one, else a new UUIDv7.
-    pub request_id: String,
+    request_id: HeaderValue,
     method: Method,
     started: Instant,
     facts: Mutex<Facts>,
@@ -38,9 +42,10 @@ pub struct Exchange {
 /// What becomes known on the way.
 #[derive(Debug, Default)]
 struct Facts {
-    route: Option<String>,
+    route: Option<Cow<'static, str>>,
     tenant: Option<String>,
     sandbox: Option<String>,
+    shown: Option<Shown>,
     quiet: bool,
 }
 
@@ -48,8 +53,9 @@ impl Exchange {
     /// Begins with a request's head.
     #[must_use]
     pub fn begin(method: &Method, headers: &HeaderMap) -> Arc<Self> {
-        let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(|id| is_sane(id));
-        let request_id = given.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
+        let given = headers.get(REQUEST_ID).map(HeaderValue::as_bytes).filter(|id| is_sane(id));
+        // Copied: a WebSocket would hold the whole head.
+        let request_id = given.and_then(|id| HeaderValue::from_bytes(id).ok()).unwrap_or_else(new_id);
         counted::begin();
         Arc::new(Self {
             request_id,
@@ -59,9 +65,22 @@ impl Exchange {
         })
     }
 
+    /// The caller's `x-request-id` if it is a sane one, else a new UUIDv7.
+    #[must_use]
+    pub fn request_id(&self) -> &str {
+        // It is ASCII.
+        self.request_id.to_str().unwrap_or_default()
+    }
+
+    /// The same as a header has it.
+    #[must_use]
+    pub fn request_id_header(&self) -> HeaderValue {
+        self.request_id.clone()
+    }
+
     /// Names the route: a path template or a gRPC path, never the path itself.
-    pub fn set_route(&self, route: &str) {
-        self.facts.lock().route = Some(route.to_owned());
+    pub fn set_route(&self, route: impl Into<Cow<'static, str>>) {
+        self.facts.lock().route = Some(route.into());
     }
 
     /// Names whom the caller acts for.
@@ -74,6 +93,11 @@ impl Exchange {
         self.facts.lock().sandbox = Some(sandbox.to_owned());
     }
 
+    /// Names the sandbox, and whom it belongs to, where that is all that the caller acts for.
+    pub fn set_shown(&self, shown: Shown) {
+        self.facts.lock().shown = Some(shown);
+    }
+
     /// Logs only for whoever debugs: probes come every few seconds.
     pub fn set_quiet(&self) {
         self.facts.lock().quiet = true;
@@ -82,6 +106,9 @@ impl Exchange {
     fn end(&self, end: &End) {
         let facts = self.facts.lock();
         let elapsed = self.started.elapsed();
+        let shown = facts.shown.as_ref();
+        let tenant = facts.tenant.as_deref().or_else(|| shown.map(Shown::tenant));
+        let sandbox = facts.sandbox.as_deref().or_else(|| shown.map(Shown::sandbox_id));
         let route = facts.route.as_deref().unwrap_or("unmatched");
         counted::end(known(&self.method), route, end.status, elapsed, end.bytes);
         // To a microsecond.
@@ -96,9 +123,9 @@ impl Exchange {
                     complete = end.complete,
                     bytes = end.bytes,
                     ms,
-                    request_id = self.request_id,
-                    tenant = facts.tenant.as_deref(),
-                    sandbox = facts.sandbox.as_deref(),
+                    request_id = self.request_id(),
+                    tenant,
+                    sandbox,
                     "request"
                 )
             };
@@ -136,18 +163,16 @@ impl Ending {
         mut self,
         mut response: Response<Body>,
         permit: Option<OwnedSemaphorePermit>,
-    ) -> Response<Body> {
+    ) -> Response<Followed> {
         self.end.status = response.status().as_u16();
         self.end.grpc_status = grpc_status(response.headers());
-        if let Ok(id) = HeaderValue::from_str(&self.exchange.request_id) {
-            response.headers_mut().insert(REQUEST_ID, id);
-        }
-        let (parts, inner) = response.into_parts();
-        if inner.is_end_stream() {
-            self.end.complete = true;
-            return Response::from_parts(parts, inner);
-        }
-        Response::from_parts(parts, Body::new(Followed { inner, ending: self, _permit: permit }))
+        response.headers_mut().insert(REQUEST_ID, self.exchange.request_id_header());
+        response.map(|inner| {
+            // What has no body has come to its end.
+            self.end.complete = inner.is_end_stream();
+            let following = (!self.end.complete).then_some((self, permit));
+            Followed { inner, following }
+        })
     }
 }
 
@@ -158,7 +183,7 @@ impl Drop for Ending {
 }
 
 fn grpc_status(headers: &HeaderMap) -> Option<i32> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+    headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
 }
 
 /// A method as a label. Anybody may make up methods, and metrics are kept for ever.
@@ -176,15 +201,23 @@ fn known(method: &Method) -> &'static str {
 }
 
 /// At most 64 characters that need no escaping anywhere.
-fn is_sane(id: &str) -> bool {
+fn is_sane(id: &[u8]) -> bool {
     (1..=64).contains(&id.len())
-        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        && id.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(byte))
 }
 
-struct Followed {
+fn new_id() -> HeaderValue {
+    let mut text = Uuid::encode_buffer();
+    let id = HeaderValue::from_str(Uuid::now_v7().hyphenated().encode_lower(&mut text));
+    // Digits and hyphens are always a value.
+    id.unwrap_or(HeaderValue::from_static("-"))
+}
+
+/// An answer's body, followed to its end.
+#[derive(Debug)]
+pub struct Followed {
     inner: Body,
-    ending: Ending,
-    _permit: Option<OwnedSemaphorePermit>,
+    following: Option<(Ending, Option<OwnedSemaphorePermit>)>,
 }
 
 impl http_body::Body for Followed {
@@ -196,17 +229,19 @@ impl http_body::Body for Followed {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let polled = Pin::new(&mut self.inner).poll_frame(context);
+        let has_ended = self.inner.is_end_stream();
+        let Some((Ending { end, .. }, _)) = &mut self.following else { return polled };
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(data) = frame.data_ref() {
-                    self.ending.end.bytes += data.len() as u64;
+                    end.bytes += data.len() as u64;
                 }
                 if let Some(trailers) = frame.trailers_ref() {
-                    self.ending.end.grpc_status = grpc_status(trailers);
+                    end.grpc_status = grpc_status(trailers);
                 }
-                self.ending.end.complete = self.inner.is_end_stream();
+                end.complete = has_ended;
             }
-            Poll::Ready(None) => self.ending.end.complete = true,
+            Poll::Ready(None) => end.complete = true,
             Poll::Ready(Some(Err(_))) | Poll::Pending => {}
         }
         polled
@@ -228,9 +263,8 @@ mod tests {
     #[test]
     fn only_sane_request_ids_are_taken_over() {
         let id = |value: &'static str| {
-            let headers =
-                [(REQUEST_ID.parse().unwrap(), HeaderValue::from_static(value))].into_iter().collect();
-            Exchange::begin(&Method::GET, &headers).request_id.clone()
+            let headers = [(REQUEST_ID, HeaderValue::from_static(value))].into_iter().collect();
+            Exchange::begin(&Method::GET, &headers).request_id().to_owned()
         };
         assert_eq!(id("trace-1.a_B"), "trace-1.a_B");
         for value in ["", "a b", "{\"x\":1}", "a\tb"] {

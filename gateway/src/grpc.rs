@@ -10,7 +10,10 @@ pub mod local;
 
 use std::sync::Arc;
 
-use http::{HeaderMap, Request, Response, header::CONTENT_TYPE};
+use http::{
+    HeaderMap, HeaderName, Request, Response,
+    header::{AUTHORIZATION, CONTENT_TYPE},
+};
 use oc_mesh::{
     error::{Reason, status},
     relay,
@@ -20,7 +23,7 @@ use tonic::{Status, body::Body};
 use crate::{
     app::App,
     auth::Identity,
-    exchange::Exchange,
+    exchange::{Exchange, REQUEST_ID},
     failure::presentable,
     surface::{Backend, Rpc},
     upstream::{Patience, trusted_headers},
@@ -58,7 +61,7 @@ async fn pass_through(
         .surface
         .find(request.uri().path())
         .ok_or_else(|| status(Reason::MethodNotAllowed, "there is no such method"))?;
-    exchange.set_route(rpc.path.as_str());
+    exchange.set_route(rpc.path.as_str().to_owned());
     let identity = app.auth.identify(request.headers(), None).await?;
     exchange.set_tenant(identity.tenant());
     identity.may_call(rpc)?;
@@ -91,7 +94,7 @@ fn make_trusted(headers: &mut HeaderMap) {
     for name in ours {
         headers.remove(name);
     }
-    for name in ["authorization", "x-api-key", crate::exchange::REQUEST_ID] {
+    for name in [AUTHORIZATION, HeaderName::from_static("x-api-key"), REQUEST_ID] {
         headers.remove(name);
     }
 }
@@ -126,6 +129,6 @@ mod tests {
         .collect();
         headers.append("oc-tenant", HeaderValue::from_static("again"));
         make_trusted(&mut headers);
-        assert_eq!(headers.keys().map(http::HeaderName::as_str).collect::<Vec<_>>(), ["user-agent"]);
+        assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["user-agent"]);
     }
 }

@@ -30,3 +30,4 @@ pub mod cors;
 pub mod exchange;
 pub mod failure;
 pub mod pieces;
+pub mod timer;

@@ -2,12 +2,13 @@
 //! or slow.
 //!
 //! In reading order: each connection gets one of the [`workers`]; [`sniff`] tells the two versions apart; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
-//! [`head`] and [`chunks`] before hyper does; the [`leftover`] of a body that nobody wants is thrown away.
+//! [`head`] and [`chunks`] before hyper does, and puts [`short`] answers together; the [`leftover`] of a body that nobody wants is thrown away.
 
 pub mod chunks;
 pub mod gate;
 pub mod head;
 pub mod leftover;
+pub mod short;
 mod sniff;
 pub mod workers;
 
@@ -30,8 +31,12 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use self::{gate::Gate, sniff::Protocol, workers::Workers};
-use crate::{app::App, preview::Peer};
+use self::{
+    gate::Gate,
+    sniff::Protocol,
+    workers::{Workers, turn},
+};
+use crate::{app::App, preview::Peer, timer::ConnectionTimer};
 
 /// Limits of one listener.
 #[derive(Debug, Clone)]
@@ -207,35 +212,35 @@ impl Connection {
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let app = self.app;
+        let (app, address) = (self.app, peer.address);
         let outcome = match protocol {
             Protocol::Http1 => {
                 let gate = Gate::new(io, self.limits.header_timeout);
                 let ledger = gate.ledger();
-                let service = service_fn(move |mut request: Request<Incoming>| {
-                    request.extensions_mut().insert(peer);
-                    let (app, ledger) = (Arc::clone(&app), Arc::clone(&ledger));
+                let service = service_fn(move |request: Request<Incoming>| {
+                    turn::request();
+                    let (app, ledger, peer) = (Arc::clone(&app), Arc::clone(&ledger), peer.clone());
                     let number = ledger.begin();
                     async move {
                         let response = match ledger.refused(number) {
-                            Some(refused) => app.refuse(refused, peer),
-                            None => app.handle(request).await,
+                            Some(refused) => app.refuse(refused, &peer),
+                            None => app.handle(request, peer).await,
                         };
                         ledger.answered(number, &response);
                         Ok::<_, Infallible>(response)
                     }
                 });
                 let connection = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
+                    .timer(ConnectionTimer::default())
                     // The gate has its own for heads that have begun, and can answer them.
                     .header_read_timeout(self.limits.header_timeout * 2)
-                    .max_headers(head::MAX_FIELDS)
                     .max_buf_size(HTTP1_BUFFER)
                     .serve_connection(TokioIo::new(gate), service)
                     .with_upgrades();
                 let mut connection = pin!(connection);
                 // What the watcher does for others; it does not know of connections that may be switched over.
                 tokio::select! {
+                    biased;
                     outcome = connection.as_mut() => outcome,
                     () = stop.cancelled() => {
                         connection.as_mut().graceful_shutdown();
@@ -244,10 +249,10 @@ impl Connection {
                 }
             }
             Protocol::Http2 => {
-                let service = service_fn(move |mut request: Request<Incoming>| {
-                    request.extensions_mut().insert(peer);
-                    let app = Arc::clone(&app);
-                    async move { Ok::<_, Infallible>(app.handle(request).await) }
+                let service = service_fn(move |request: Request<Incoming>| {
+                    turn::request();
+                    let (app, peer) = (Arc::clone(&app), peer.clone());
+                    async move { Ok::<_, Infallible>(app.handle(request, peer).await) }
                 });
                 let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
                     .timer(TokioTimer::new())
@@ -266,7 +271,7 @@ impl Connection {
         };
         match outcome {
             Ok(()) => {}
-            Err(error) => tracing::debug!(%error, peer = %peer.address, "a connection broke"),
+            Err(error) => tracing::debug!(%error, peer = %address, "a connection broke"),
         }
     }
 }

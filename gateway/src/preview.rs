@@ -21,6 +21,7 @@ pub mod websocket;
 
 use std::{net::IpAddr, time::Duration};
 
+use http::HeaderValue;
 use oc_mesh::view::View;
 use oc_proto::mesh::PreviewDomain;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -62,7 +63,7 @@ impl Default for Limits {
 }
 
 /// Whom a request came from, as the listener knows it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Peer {
     /// Its address.
     pub address: IpAddr,
@@ -70,6 +71,18 @@ pub struct Peer {
     pub is_tls: bool,
     /// Whether it is a proxy of ours, that says whom it asks for.
     pub is_trusted: bool,
+    /// Its address as ports are told it.
+    told: HeaderValue,
+}
+
+impl Peer {
+    /// Whoever connects from this address.
+    #[must_use]
+    pub fn new(address: IpAddr, is_tls: bool, is_trusted: bool) -> Self {
+        let told = HeaderValue::try_from(address.to_string());
+        // Digits, dots and colons are always a value.
+        Self { address, is_tls, is_trusted, told: told.unwrap_or(HeaderValue::from_static("unknown")) }
+    }
 }
 
 /// The previews of all sandboxes.

@@ -77,7 +77,7 @@ pub async fn serve(
             return answer::error(&status(Reason::InvalidArgument, text));
         }
     };
-    exchange.set_route(&route.template);
+    exchange.set_route(route.template.clone());
     let call = Call { app, exchange, route, path };
     match call.serve(&parts, body).await {
         Ok(response) => response,

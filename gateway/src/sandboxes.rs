@@ -38,6 +38,12 @@ impl Shown {
         &self.0.tenant
     }
 
+    /// Its ID.
+    #[must_use]
+    pub fn sandbox_id(&self) -> &str {
+        &self.0.sandbox_id
+    }
+
     /// Hash of the token that its ports ask for; empty if they ask for none.
     #[must_use]
     pub fn token_hash(&self) -> &str {
@@ -79,12 +85,12 @@ impl Sandboxes {
     /// `HOST_UNAVAILABLE`.
     pub async fn find(&self, tenant: &str, sandbox_id: &str) -> Result<Whereabouts, Status> {
         let copied = self.records.get(sandbox_id).filter(|record| is_settled(record));
-        let host_id = match copied {
-            Some(record) => usable(&record, tenant)?,
-            None => usable(&self.stored(sandbox_id).await?.ok_or_else(not_found)?, tenant)?,
+        let record = match copied {
+            Some(record) => record,
+            None => self.stored(sandbox_id).await?.ok_or_else(not_found)?.into(),
         };
-        match host_id {
-            Some(host_id) => Ok(Whereabouts::Host(self.endpoint(&host_id).await?)),
+        match usable(&record, tenant)? {
+            Some(host_id) => Ok(Whereabouts::Host(self.endpoint(host_id).await?)),
             None => Ok(Whereabouts::Hibernated),
         }
     }
@@ -113,6 +119,17 @@ impl Sandboxes {
             }
         };
         Ok(Shown(record))
+    }
+
+    /// Whether a sandbox can be used at all, asleep or awake.
+    ///
+    /// # Errors
+    /// As [`Sandboxes::find`] has them.
+    pub async fn check(&self, Shown(record): &Shown) -> Result<(), Status> {
+        if is_settled(record) && self.hosts.get(&record.host_id).is_some() {
+            return usable(record, &record.tenant).map(drop);
+        }
+        self.find(&record.tenant, &record.sandbox_id).await.map(drop)
     }
 
     /// Whom a sandbox belongs to, if our copies know it.
@@ -172,7 +189,7 @@ fn is_settled(record: &SandboxRecord) -> bool {
 }
 
 /// The host that a sandbox's calls may go to; `None` if it has to be woken first.
-fn usable(record: &SandboxRecord, tenant: &str) -> Result<Option<String>, Status> {
+fn usable<'a>(record: &'a SandboxRecord, tenant: &str) -> Result<Option<&'a str>, Status> {
     if record.tenant != tenant {
         return Err(not_found());
     }
@@ -184,7 +201,7 @@ fn usable(record: &SandboxRecord, tenant: &str) -> Result<Option<String>, Status
             Err(status(Reason::SandboxNotReady, "the sandbox is being put back to a checkpoint"))
         }
         (SandboxState::Hibernated, _) | (SandboxState::Running, SandboxTransition::Hibernating) => Ok(None),
-        (SandboxState::Running, _) => Ok(Some(record.host_id.clone())),
+        (SandboxState::Running, _) => Ok(Some(&record.host_id)),
         (SandboxState::Failed, _) => {
             Err(status(Reason::SandboxFailed, "the sandbox is lost: its microVM failed"))
         }
@@ -206,7 +223,8 @@ mod tests {
             deleting,
             ..Default::default()
         };
-        usable(&record, tenant).map_err(|status| reason_of(&status).unwrap())
+        let host_id = usable(&record, tenant).map_err(|status| reason_of(&status).unwrap())?;
+        Ok(host_id.map(str::to_owned))
     }
 
     #[test]

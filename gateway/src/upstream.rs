@@ -114,14 +114,6 @@ impl Upstreams {
         }
     }
 
-    /// Whether a sandbox can be used at all, asleep or awake.
-    ///
-    /// # Errors
-    /// As [`Sandboxes::find`] has them.
-    pub async fn check(&self, identity: &Identity, sandbox_id: &str) -> Result<(), Status> {
-        self.sandboxes.find(identity.tenant(), sandbox_id).await.map(drop)
-    }
-
     /// A channel to a sandbox's host, unless it would have to be woken.
     ///
     /// # Errors

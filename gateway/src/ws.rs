@@ -182,7 +182,7 @@ async fn attach(
             let name = Name::random();
             let first = host::framed(&target.first_message(name.start(offset, &limits)));
             let attached = target.attach(first, patience).await?;
-            let report = Report::begin(&target, framing, &exchange.request_id);
+            let report = Report::begin(&target, framing, exchange.request_id());
             let upgrade = hyper::upgrade::on(&mut request);
             app.websockets.tasks.spawn(async move {
                 let _place = place;
@@ -197,7 +197,7 @@ async fn attach(
         Framing::Protobuf => {
             // What cannot be used at all is refused before there is a WebSocket.
             target.check().await?;
-            let report = Report::begin(&target, framing, &exchange.request_id);
+            let report = Report::begin(&target, framing, exchange.request_id());
             let upgrade = hyper::upgrade::on(&mut request);
             app.websockets.tasks.spawn(async move {
                 let _place = place;

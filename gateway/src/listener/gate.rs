@@ -26,7 +26,10 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use super::head::{self, Body, MAX_BYTES, Problem, Refused};
+use super::{
+    head::{self, Body, MAX_BYTES, Problem, Refused},
+    short::{self, SHORT},
+};
 
 /// How long, once a refusal was answered, what its sender still sends is thrown away: closed with unread bytes the connection
 /// would be reset, and the answer lost.
@@ -336,7 +339,10 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Gate<I> {
         context: &mut Context<'_>,
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(context, data)
+        match short::joined(data, &mut [0; SHORT]) {
+            Some(data) => Pin::new(&mut self.io).poll_write(context, data),
+            None => Pin::new(&mut self.io).poll_write_vectored(context, data),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {

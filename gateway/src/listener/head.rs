@@ -4,6 +4,8 @@
 //! is for one that says it in one: nothing behind hyper can see or log either. So whatever hyper would refuse is refused here, with
 //! the same parser and the same limits, and with it what two parsers could read in two ways (RFC 9112, 6.3 and 11.2).
 
+use std::mem::MaybeUninit;
+
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Uri,
     header::{CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE},
@@ -15,8 +17,8 @@ use super::chunks::Chunks;
 
 /// Bytes of a head. hyper's buffer has this size, too.
 pub const MAX_BYTES: usize = 256 << 10;
-/// Its fields.
-pub const MAX_FIELDS: usize = 128;
+/// Its fields: hyper's own limit, too. With another one it takes memory from the heap for each head.
+pub const MAX_FIELDS: usize = 100;
 /// Bytes of its target; hyper's own limit.
 const MAX_TARGET: usize = u16::MAX as usize - 1;
 /// Longest name of a field; `http`'s own limit.
@@ -81,26 +83,12 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// One of which only the beginning has come, and nothing more is waited for.
+    /// One that begins like this. Of a head that is not whole, or of none, it has the fields before what is wrong.
     #[must_use]
     pub fn unfinished(problem: Problem, bytes: &[u8]) -> Box<Self> {
         let mut storage = [EMPTY_HEADER; MAX_FIELDS];
         let mut head = httparse::Request::new(&mut storage);
         let _ = head.parse(bytes);
-        Self::read(problem, &head)
-    }
-
-    /// One of which nothing could be read, with a method that is none.
-    fn unread(problem: Problem) -> Self {
-        let mut request = Request::new(());
-        if let Ok(method) = Method::from_bytes(b"-") {
-            *request.method_mut() = method;
-        }
-        Self { problem, request }
-    }
-
-    /// One whose head was read, as far as it could be.
-    fn read(problem: Problem, head: &httparse::Request<'_, '_>) -> Box<Self> {
         let mut refused = Self::unread(problem);
         let request = &mut refused.request;
         if let Some(method) = head.method.and_then(|method| Method::from_bytes(method.as_bytes()).ok()) {
@@ -111,6 +99,15 @@ impl Refused {
         }
         *request.headers_mut() = fields(head.headers);
         Box::new(refused)
+    }
+
+    /// One of which nothing could be read, with a method that is none.
+    fn unread(problem: Problem) -> Self {
+        let mut request = Request::new(());
+        if let Ok(method) = Method::from_bytes(b"-") {
+            *request.method_mut() = method;
+        }
+        Self { problem, request }
     }
 }
 
@@ -153,9 +150,9 @@ pub fn read(bytes: &[u8]) -> Result<Option<Head>, Box<Refused>> {
     if bytes.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count() > MAX_LEAD {
         return Err(Box::new(Refused::unread(Problem::Form(httparse::Error::NewLine))));
     }
-    let mut storage = [EMPTY_HEADER; MAX_FIELDS];
-    let mut head = httparse::Request::new(&mut storage);
-    let judged = match head.parse(bytes) {
+    let mut storage = [const { MaybeUninit::uninit() }; MAX_FIELDS];
+    let mut head = httparse::Request::new(&mut []);
+    let judged = match head.parse_with_uninit_headers(bytes, &mut storage) {
         Ok(Status::Complete(length)) if length <= MAX_BYTES => judge(&head).map(|behind| (length, behind)),
         Ok(Status::Partial) if bytes.len() < MAX_BYTES => return Ok(None),
         Ok(_) | Err(httparse::Error::TooManyHeaders) => Err(Problem::TooLarge),
@@ -163,8 +160,7 @@ pub fn read(bytes: &[u8]) -> Result<Option<Head>, Box<Refused>> {
     };
     match judged {
         Ok((length, (body, may_switch))) => Ok(Some(Head { length, body, may_switch })),
-        // Of a head that is not whole the fields before what is wrong are known.
-        Err(problem) => Err(Refused::read(problem, &head)),
+        Err(problem) => Err(Refused::unfinished(problem, bytes)),
     }
 }
 

@@ -24,28 +24,30 @@ const MAX_BYTES: usize = 64 << 20;
 /// Longest time that is spent on it.
 const MAX_TIME: Duration = Duration::from_secs(2);
 
-/// Where the rest of a body will be once its reader has let go of it.
+/// Where the rest of a body will be once its reader has let go of it, if there is a body.
 #[derive(Debug)]
-pub struct Leftover(oneshot::Receiver<Incoming>);
+pub struct Leftover(Option<oneshot::Receiver<Incoming>>);
 
 /// Keeps hold of a request's body.
 pub fn keep(request: Request<Incoming>) -> (Request<Body>, Leftover) {
-    let (sender, receiver) = oneshot::channel();
+    let mut leftover = Leftover(None);
     let request = request.map(|body| {
         if body.is_end_stream() {
-            Body::empty()
-        } else {
-            Body::new(Kept { body: Some(body), back: Some(sender) })
+            return Body::empty();
         }
+        let (sender, receiver) = oneshot::channel();
+        leftover.0 = Some(receiver);
+        Body::new(Kept { body: Some(body), back: Some(sender) })
     });
-    (request, Leftover(receiver))
+    (request, leftover)
 }
 
 impl Leftover {
     /// Throws the rest away, as far as that is worth the while.
     pub async fn discard(self) {
+        let Some(back) = self.0 else { return };
         let _ = tokio::time::timeout(MAX_TIME, async {
-            let Ok(mut body) = self.0.await else { return };
+            let Ok(mut body) = back.await else { return };
             let mut discarded = 0;
             while let Some(Ok(frame)) = body.frame().await {
                 discarded += frame.data_ref().map_or(0, Bytes::len);

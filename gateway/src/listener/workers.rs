@@ -4,6 +4,7 @@
 //! waking one: on threads of their own they begin when the thread gets to them.
 
 mod slice;
+pub(super) mod turn;
 
 use std::{
     io,
@@ -31,7 +32,6 @@ pub struct Workers {
     loops: Vec<Handle>,
     next: AtomicUsize,
     threads: Vec<JoinHandle<()>>,
-    ended: CancellationToken,
     end: DropGuard,
 }
 
@@ -42,12 +42,15 @@ impl Workers {
     ///
     /// If the system does not permit.
     pub fn start() -> io::Result<Self> {
-        let mut workers = Self::on(Vec::new());
+        let ended = CancellationToken::new();
+        let mut workers = Self::on(Vec::new(), ended.clone());
         let count = thread::available_parallelism().map_or(1, NonZero::get);
         for number in 0..count {
             let (tell, told) = mpsc::channel();
-            let ended = workers.ended.clone();
-            let work = move || match Builder::new_current_thread().enable_all().build() {
+            let ended = ended.clone();
+            let mut builder = Builder::new_current_thread();
+            builder.enable_all().on_thread_unpark(turn::begin);
+            let work = move || match builder.build() {
                 Ok(runtime) => {
                     let _ = tell.send(Ok(runtime.handle().clone()));
                     slice::shorten();
@@ -67,13 +70,11 @@ impl Workers {
     /// The one that runs this.
     #[must_use]
     pub fn here() -> Self {
-        Self::on(vec![Handle::current()])
+        Self::on(vec![Handle::current()], CancellationToken::new())
     }
 
-    fn on(loops: Vec<Handle>) -> Self {
-        let ended = CancellationToken::new();
-        let end = ended.clone().drop_guard();
-        Self { loops, next: AtomicUsize::new(0), threads: Vec::new(), ended, end }
+    fn on(loops: Vec<Handle>, ended: CancellationToken) -> Self {
+        Self { loops, next: AtomicUsize::new(0), threads: Vec::new(), end: ended.drop_guard() }
     }
 
     /// Where the next connection goes: to each in turn.

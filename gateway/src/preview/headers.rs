@@ -7,17 +7,16 @@ use http::{
         CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
         TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
     },
-    uri::Authority,
 };
 
 use super::Peer;
+use crate::exchange::REQUEST_ID;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
-const REQUEST_ID: HeaderName = HeaderName::from_static(crate::exchange::REQUEST_ID);
 
 /// Between two hops alone. How long a body is, each hop says anew.
 const HOP_BY_HOP: [HeaderName; 9] = [
@@ -50,8 +49,8 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
 pub fn to_port(
     headers: &mut HeaderMap,
     authority: &HeaderValue,
-    peer: Option<Peer>,
-    request_id: &str,
+    peer: &Peer,
+    request_id: HeaderValue,
     has_body: bool,
 ) {
     remove_hop_by_hop(headers);
@@ -61,19 +60,15 @@ pub fn to_port(
         headers.remove(CONTENT_LENGTH);
     }
     join_cookies(headers);
-    let way = peer.map(|peer| Way::here(headers, authority, peer)).unwrap_or_default();
+    let way = Way::here(headers, authority, peer);
     headers.remove(FORWARDED);
     headers.remove(REAL_IP);
-    let mut set = |name: HeaderName, value: Option<HeaderValue>| match value {
-        Some(value) => headers.insert(name, value),
-        None => headers.remove(name),
-    };
-    set(HOST, Some(authority.clone()));
-    set(REQUEST_ID, HeaderValue::from_str(request_id).ok());
-    set(FORWARDED_FOR, way.addresses);
-    set(FORWARDED_PROTO, way.scheme);
-    set(FORWARDED_HOST, way.host);
-    set(FORWARDED_PORT, way.port);
+    headers.insert(HOST, authority.clone());
+    headers.insert(REQUEST_ID, request_id);
+    headers.insert(FORWARDED_FOR, way.addresses);
+    headers.insert(FORWARDED_PROTO, way.scheme);
+    headers.insert(FORWARDED_HOST, way.host);
+    headers.insert(FORWARDED_PORT, way.port);
 }
 
 /// Puts cookies that came in several fields, as HTTP/2 has them, into the one that HTTP/1.1 has (RFC 9113, 8.2.3).
@@ -87,39 +82,52 @@ fn join_cookies(headers: &mut HeaderMap) {
 }
 
 /// How a request came to us, as the port is told.
-#[derive(Default)]
 struct Way {
-    addresses: Option<HeaderValue>,
-    scheme: Option<HeaderValue>,
-    host: Option<HeaderValue>,
-    port: Option<HeaderValue>,
+    addresses: HeaderValue,
+    scheme: HeaderValue,
+    host: HeaderValue,
+    port: HeaderValue,
 }
 
 impl Way {
     /// As the last proxy of ours says that it began, with that proxy added; anybody else may have made it up.
-    fn here(headers: &HeaderMap, authority: &HeaderValue, peer: Peer) -> Self {
+    fn here(headers: &HeaderMap, authority: &HeaderValue, peer: &Peer) -> Self {
         let told = |name: HeaderName| {
-            let values: Vec<&str> = tokens(headers, &name).filter(|_| peer.is_trusted).collect();
-            (!values.is_empty()).then(|| values.join(", "))
+            if !peer.is_trusted {
+                return None;
+            }
+            let values: Vec<&str> = tokens(headers, &name).collect();
+            // Values next to each other are one.
+            (!values.is_empty()).then(|| HeaderValue::try_from(values.join(", ")).ok()).flatten()
         };
-        let value = |text: String| HeaderValue::try_from(text).ok();
-        let before = told(FORWARDED_FOR).map(|before| before + ", ").unwrap_or_default();
-        let told_scheme = told(FORWARDED_PROTO);
-        let (scheme, usual) = match (told_scheme.as_deref(), peer.is_tls) {
-            (Some(told), _) if told.starts_with("https") => ("https", 443),
-            (None, true) => ("https", 443),
-            (Some(_), _) | (None, false) => ("http", 80),
-        };
-        let port = || {
-            let named = authority.to_str().ok().and_then(|authority| authority.parse::<Authority>().ok());
-            HeaderValue::from(named.and_then(|authority| authority.port_u16()).unwrap_or(usual))
-        };
+        let addresses = told(FORWARDED_FOR).and_then(|before| {
+            HeaderValue::from_bytes(&[before.as_bytes(), peer.told.as_bytes()].join(&b", "[..])).ok()
+        });
+        let scheme = told(FORWARDED_PROTO).unwrap_or(match peer.is_tls {
+            true => HeaderValue::from_static("https"),
+            false => HeaderValue::from_static("http"),
+        });
+        let usual = if scheme.as_bytes().starts_with(b"https") { 443 } else { 80 };
         Self {
-            addresses: value(format!("{before}{}", peer.address)),
-            scheme: told_scheme.map_or_else(|| Some(HeaderValue::from_static(scheme)), value),
-            host: told(FORWARDED_HOST).map_or_else(|| Some(authority.clone()), value),
-            port: told(FORWARDED_PORT).map_or_else(|| Some(port()), value),
+            addresses: addresses.unwrap_or_else(|| peer.told.clone()),
+            scheme,
+            host: told(FORWARDED_HOST).unwrap_or_else(|| authority.clone()),
+            port: told(FORWARDED_PORT).unwrap_or_else(|| port(port_of(authority).unwrap_or(usual))),
         }
+    }
+}
+
+/// The port of `host:port`. An IPv6 address has no port behind its last colon, but `]`.
+fn port_of(authority: &HeaderValue) -> Option<u16> {
+    let (_, port) = authority.to_str().ok()?.rsplit_once(':')?;
+    port.parse().ok().filter(|_| !port.starts_with('+'))
+}
+
+fn port(number: u16) -> HeaderValue {
+    match number {
+        80 => HeaderValue::from_static("80"),
+        443 => HeaderValue::from_static("443"),
+        number => number.into(),
     }
 }
 
@@ -168,8 +176,9 @@ mod tests {
             ("expect", "100-continue"),
             ("content-length", "0"),
         ]);
-        let peer = Peer { address: "192.0.2.1".parse().unwrap(), is_tls: true, is_trusted: false };
-        to_port(&mut given, &HeaderValue::from_static("a.example:8443"), Some(peer), "r-1", false);
+        let peer = Peer::new("192.0.2.1".parse().unwrap(), true, false);
+        let request_id = HeaderValue::from_static("r-1");
+        to_port(&mut given, &HeaderValue::from_static("a.example:8443"), &peer, request_id, false);
         let expected = headers(&[
             ("host", "a.example:8443"),
             ("x-request-id", "r-1"),
@@ -185,7 +194,9 @@ mod tests {
     fn cookies_become_one_field() {
         let mut given =
             headers(&[("cookie", "a=b"), ("cookie", "c=d; e=f"), ("accept", "x"), ("accept", "y")]);
-        to_port(&mut given, &HeaderValue::from_static("a.example"), None, "r-1", false);
+        let (peer, request_id) =
+            (Peer::new("192.0.2.1".parse().unwrap(), true, false), HeaderValue::from_static("r-1"));
+        to_port(&mut given, &HeaderValue::from_static("a.example"), &peer, request_id, false);
         let all =
             |name: &str| given.get_all(name).iter().map(|value| value.to_str().unwrap()).collect::<Vec<_>>();
         assert_eq!((all("cookie"), all("accept")), (vec!["a=b; c=d; e=f"], vec!["x", "y"]));
@@ -193,10 +204,10 @@ mod tests {
 
     #[test]
     fn a_proxy_of_ours_is_added_to_what_it_says() {
-        let peer = Peer { address: "10.0.0.2".parse().unwrap(), is_tls: false, is_trusted: true };
+        let peer = Peer::new("10.0.0.2".parse().unwrap(), false, true);
         let forwarded = |pairs: &[_]| {
-            let mut given = headers(pairs);
-            to_port(&mut given, &HeaderValue::from_static("a.example"), Some(peer), "r-1", false);
+            let (mut given, request_id) = (headers(pairs), HeaderValue::from_static("r-1"));
+            to_port(&mut given, &HeaderValue::from_static("a.example"), &peer, request_id, false);
             ["for", "proto", "host", "port"]
                 .map(|what| given[&format!("x-forwarded-{what}")].to_str().unwrap().to_owned())
         };

@@ -95,7 +95,7 @@ impl Hosts {
 
     /// What a host name leads to, if that is a preview.
     fn look_up(&self, authority: &str) -> Option<Place> {
-        let name = name_of(authority)?.to_ascii_lowercase();
+        let mut name = name_of(authority)?.to_ascii_lowercase();
         if self.gateway.as_deref() == Some(name.as_str()) {
             return None;
         }
@@ -104,7 +104,9 @@ impl Hosts {
                 return Some(Place::Nowhere);
             }
             if let Some(label) = label.strip_suffix('.') {
-                return Some(port_of(label).unwrap_or(Place::Nowhere));
+                let Some((sandbox_id, port)) = port_of(label) else { return Some(Place::Nowhere) };
+                name.truncate(sandbox_id.len());
+                return Some(Place::Port { sandbox_id: name, port });
             }
         }
         let claim = self.own.get(&name)?;
@@ -122,13 +124,13 @@ fn name_of(authority: &str) -> Option<&str> {
 }
 
 /// `{sandboxID}-p{port}`.
-fn port_of(label: &str) -> Option<Place> {
+fn port_of(label: &str) -> Option<(&str, u16)> {
     let (sandbox_id, port) = label.rsplit_once("-p")?;
     let is_number =
         !port.is_empty() && !port.starts_with('0') && port.bytes().all(|byte| byte.is_ascii_digit());
     let port = port.parse().ok().filter(|_| is_number)?;
     let is_label = !sandbox_id.is_empty() && !sandbox_id.contains('.');
-    is_label.then(|| Place::Port { sandbox_id: sandbox_id.to_owned(), port })
+    is_label.then_some((sandbox_id, port))
 }
 
 #[cfg(test)]

@@ -21,8 +21,10 @@ use hyper::{
     },
 };
 use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
 
 use super::{connection::PortStream, streamed::Upload};
+use crate::timer::Timer;
 
 /// Bytes of an answer that are read at once, its head among them.
 const BUFFER: usize = 256 << 10;
@@ -36,6 +38,16 @@ pub struct Line {
     driver: Option<Driver>,
     /// Whose event loop its bytes wake.
     thread: ThreadId,
+    late: Timer,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum Unanswered {
+    /// It did not come in time.
+    Late,
+    /// hyper's error, with the request if it was not sent.
+    Broken(Box<TrySendError<Request<Upload>>>),
 }
 
 impl fmt::Debug for Line {
@@ -53,7 +65,8 @@ impl Line {
         let (sender, connection) =
             http1::Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(stream)).await?;
         let driver: Driver = Box::pin(connection.with_upgrades());
-        Ok(Self { sender, driver: Some(driver), thread: thread::current().id() })
+        let (driver, thread) = (Some(driver), thread::current().id());
+        Ok(Self { sender, driver, thread, late: Timer::default() })
     }
 
     /// Whether it was made by this thread: others have to be woken by that one.
@@ -85,24 +98,28 @@ impl Line {
         .await
     }
 
-    /// Sends a request, and waits for the beginning of the answer. The rest comes while that is read and this is
-    /// [driven](Self::drive).
+    /// Sends a request, and waits for the beginning of the answer, for as long as `until` says. The rest comes while that is read and
+    /// this is [driven](Self::drive).
     ///
     /// # Errors
-    /// hyper's, with the request if it was not sent.
+    /// [`Unanswered`].
     pub async fn send(
         &mut self,
         request: Request<Upload>,
-    ) -> Result<Response<Incoming>, TrySendError<Request<Upload>>> {
+        until: impl Fn() -> Instant,
+    ) -> Result<Response<Incoming>, Unanswered> {
         let mut sent = pin!(self.sender.try_send_request(request));
-        let driver = &mut self.driver;
+        let (driver, late) = (&mut self.driver, &mut self.late);
         poll_fn(|context| {
             if let Some(moving) = driver
                 && moving.as_mut().poll(context).is_ready()
             {
                 *driver = None;
             }
-            sent.as_mut().poll(context)
+            match sent.as_mut().poll(context) {
+                Poll::Ready(sent) => Poll::Ready(sent.map_err(|error| Unanswered::Broken(Box::new(error)))),
+                Poll::Pending => late.poll(context, until()).map(|()| Err(Unanswered::Late)),
+            }
         })
         .await
     }

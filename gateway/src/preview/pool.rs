@@ -6,6 +6,7 @@
 
 use std::{collections::HashMap, sync::Arc, task::Context, time::Duration};
 
+use futures_util::future::poll_immediate;
 use oc_mesh::error::{Reason, status};
 use parking_lot::Mutex;
 use tokio::{
@@ -84,8 +85,10 @@ impl Pool {
                 }
             }
         };
-        let permit = timeout(self.limits.place, Arc::clone(&shelf.places).acquire_owned()).await;
-        match permit {
+        if let Ok(permit) = Arc::clone(&shelf.places).try_acquire_owned() {
+            return Ok(Place { shelf, port, _permit: permit });
+        }
+        match timeout(self.limits.place, Arc::clone(&shelf.places).acquire_owned()).await {
             Ok(Ok(permit)) => Ok(Place { shelf, port, _permit: permit }),
             // The semaphore is never closed: only time runs out.
             Ok(Err(_)) | Err(_) => {
@@ -130,7 +133,11 @@ impl Place {
                 let at = near.or_else(|| kept.iter().rposition(of_port))?;
                 kept.remove(at).line
             };
-            if matches!(timeout(READY, line.ready()).await, Ok(Ok(()))) {
+            let is_ready = match poll_immediate(line.ready()).await {
+                Some(ready) => ready.is_ok(),
+                None => matches!(timeout(READY, line.ready()).await, Ok(Ok(()))),
+            };
+            if is_ready {
                 return Some(line);
             }
         }

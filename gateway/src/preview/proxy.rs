@@ -11,6 +11,7 @@ use oc_mesh::{
     error::{Reason, reason_of, status},
     handoff,
 };
+use tokio::time::Instant;
 use tonic::{Status, body::Body};
 
 use super::{
@@ -18,7 +19,7 @@ use super::{
     connection::{self, Host},
     headers,
     host::{self, Malformed},
-    line::Line,
+    line::{Line, Unanswered},
     page, pool,
     streamed::{Answer, Movement, Upload},
     token,
@@ -30,6 +31,7 @@ use crate::{
     auth::Identity,
     exchange::Exchange,
     failure::presentable,
+    sandboxes::Shown,
     upstream::{Patience, trusted_headers},
     ws::handshake::{self, Asks},
 };
@@ -43,6 +45,7 @@ pub async fn serve(
     exchange: &Arc<Exchange>,
     place: Result<host::Place, Malformed>,
     request: Request<Body>,
+    peer: &Peer,
 ) -> Response<Body> {
     exchange.set_route(ROUTE);
     let html = page::wants_html(request.headers());
@@ -51,26 +54,25 @@ pub async fn serve(
         let place = place.map_err(|error| status(Reason::InvalidArgument, error.to_string()))?;
         let (mut parts, body) = request.into_parts();
         let to = To::find(app, exchange, place, &mut parts).await?;
-        to.pass(parts, body, asks).await
+        to.pass(parts, body, peer, asks).await
     };
     match Box::pin(passed).await {
         Ok(response) => response,
-        Err(error) => page::answer(&presentable(error), html, &exchange.request_id),
+        Err(error) => page::answer(&presentable(error), html, exchange.request_id()),
     }
 }
 
 /// Answers a request to a preview that cannot be passed on, whatever it is for.
 pub fn refuse(exchange: &Exchange, error: &Status, headers: &HeaderMap) -> Response<Body> {
     exchange.set_route(ROUTE);
-    page::answer(error, page::wants_html(headers), &exchange.request_id)
+    page::answer(error, page::wants_html(headers), exchange.request_id())
 }
 
 /// A port that a request may be passed on to.
 struct To<'a> {
     app: &'a Arc<App>,
     exchange: &'a Arc<Exchange>,
-    identity: Identity,
-    sandbox_id: String,
+    shown: Shown,
     port: u16,
 }
 
@@ -95,24 +97,27 @@ impl<'a> To<'a> {
         };
         // Before anything else is said or done, waking among it.
         token::check(&mut parts.headers, shown.token_hash())?;
-        exchange.set_tenant(shown.tenant());
-        exchange.set_sandbox(&sandbox_id);
-        let identity =
-            Identity::Sandbox { tenant: shown.tenant().to_owned(), sandbox_id: sandbox_id.clone() };
-        Ok(Self { app, exchange, identity, sandbox_id, port })
+        exchange.set_shown(shown.clone());
+        Ok(Self { app, exchange, shown, port })
     }
 
-    async fn pass(self, mut parts: Parts, body: Body, asks: Option<Asks>) -> Result<Response<Body>, Status> {
+    async fn pass(
+        self,
+        mut parts: Parts,
+        body: Body,
+        peer: &Peer,
+        asks: Option<Asks>,
+    ) -> Result<Response<Body>, Status> {
         let limits = self.app.previews.limits;
         let patience = Patience::of(&parts.headers);
-        let peer = parts.extensions.get::<Peer>().copied();
         let authority = match parts.uri.authority() {
             Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
             None => parts.headers.get(HOST).cloned(),
         };
         let authority = authority.unwrap_or_else(|| HeaderValue::from_static(""));
         let has_body = !body.is_end_stream();
-        headers::to_port(&mut parts.headers, &authority, peer, &self.exchange.request_id, has_body);
+        let request_id = self.exchange.request_id_header();
+        headers::to_port(&mut parts.headers, &authority, peer, request_id, has_body);
         let room = asks.map(|_| self.app.websockets.place()).transpose()?;
         let opening = asks.map(|asks| Opening::ask(asks, &mut parts));
         parts.uri = target(&parts.uri);
@@ -121,13 +126,12 @@ impl<'a> To<'a> {
         parts.extensions = http::Extensions::new();
 
         // Nobody uses a sandbox that is gone, by a connection that is still there either.
-        self.app.upstreams.check(&self.identity, &self.sandbox_id).await?;
-        let place = self.app.previews.pool.place(&self.sandbox_id, self.port).await?;
-        let movement = Movement::default();
-        let upload = if has_body { Upload::new(body, movement.clone()) } else { Upload::empty() };
+        self.app.upstreams.sandboxes().check(&self.shown).await?;
+        let place = self.app.previews.pool.place(self.shown.sandbox_id(), self.port).await?;
+        let movement = has_body.then(Movement::default);
+        let upload = movement.clone().map_or_else(Upload::empty, |movement| Upload::new(body, movement));
         let request = Request::from_parts(parts, upload);
-        let sent = self.send(&place, request, has_body, patience, &movement);
-        let (line, mut answer) = sent.await?;
+        let (line, mut answer) = self.send(&place, request, patience, movement.as_ref()).await?;
 
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
             let (Some(opening), Some(room), Some(client)) = (opening, room, client) else {
@@ -157,9 +161,8 @@ impl<'a> To<'a> {
         &self,
         place: &pool::Place,
         mut request: Request<Upload>,
-        has_body: bool,
         patience: Patience,
-        movement: &Movement,
+        movement: Option<&Movement>,
     ) -> Result<(Line, Response<Incoming>), Status> {
         let limits = self.app.previews.limits;
         loop {
@@ -169,18 +172,17 @@ impl<'a> To<'a> {
                 Some(line) => line,
                 None => self.connect(patience).await?,
             };
-            let again = (is_kept && !has_body && request.method().is_idempotent()).then(|| copy(&request));
-            movement.note();
-            let sent = tokio::select! {
-                sent = line.send(request) => sent,
-                () = movement.stopped(limits.answer) => {
+            let may_repeat = is_kept && movement.is_none() && request.method().is_idempotent();
+            let again = may_repeat.then(|| copy(&request));
+            let asked = Instant::now();
+            let until = || movement.map_or(asked, |movement| asked.max(movement.last())) + limits.answer;
+            match line.send(request, until).await {
+                Ok(answer) => return Ok((line, answer)),
+                Err(Unanswered::Broken(error)) => request = self.may_repeat(*error, is_kept, again)?,
+                Err(Unanswered::Late) => {
                     let text = format!("port {}: no answer within {} s", self.port, limits.answer.as_secs());
                     return Err(status(Reason::DeadlineExceeded, text));
                 }
-            };
-            match sent {
-                Ok(answer) => return Ok((line, answer)),
-                Err(error) => request = self.may_repeat(error, is_kept, again)?,
             }
         }
     }
@@ -201,7 +203,7 @@ impl<'a> To<'a> {
         match unsent.or_else(|| again.filter(|_| broke)) {
             Some(request) => Ok(request),
             None => {
-                tracing::debug!(%error, port = self.port, request_id = self.exchange.request_id, "no answer");
+                tracing::debug!(%error, port = self.port, request_id = self.exchange.request_id(), "no answer");
                 Err(self.reset(if broke {
                     "the connection broke before an answer"
                 } else {
@@ -217,20 +219,22 @@ impl<'a> To<'a> {
 
     /// A new connection. A sandbox that sleeps is woken.
     async fn connect(&self, patience: Patience) -> Result<Line, Status> {
-        let trusted =
-            trusted_headers(&self.app.caller(&self.identity, self.exchange), Some(&self.sandbox_id));
+        let sandbox_id = self.shown.sandbox_id();
+        let identity =
+            Identity::Sandbox { tenant: self.shown.tenant().to_owned(), sandbox_id: sandbox_id.to_owned() };
+        let trusted = trusted_headers(&self.app.caller(&identity, self.exchange), Some(sandbox_id));
         let upstreams = &self.app.upstreams;
         let within = self.app.previews.limits.connect;
         let open = async || {
-            let endpoint = upstreams.host(&self.identity, &self.sandbox_id, &trusted, patience).await?;
+            let endpoint = upstreams.host(&identity, sandbox_id, &trusted, patience).await?;
             let handoffs = endpoint.parse().ok().and_then(|endpoint| handoff::socket_of(&endpoint));
             let host = Host { channel: upstreams.channel(&endpoint)?, handoffs };
-            connection::open(host, &self.sandbox_id, self.port, trusted.clone(), within).await
+            connection::open(host, sandbox_id, self.port, trusted.clone(), within).await
         };
         let stream = match open().await {
             // It fell asleep on the way there.
             Err(error) if reason_of(&error).as_deref() == Some(Reason::SandboxHibernated.as_str()) => {
-                upstreams.wake(&self.sandbox_id, &trusted, patience).await?;
+                upstreams.wake(sandbox_id, &trusted, patience).await?;
                 open().await
             }
             opened => opened,

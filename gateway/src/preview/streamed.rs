@@ -33,10 +33,16 @@ impl Movement {
         *self.0.lock() = Instant::now();
     }
 
+    /// When it last moved.
+    #[must_use]
+    pub fn last(&self) -> Instant {
+        *self.0.lock()
+    }
+
     /// Waits until it has not moved for so long.
     pub async fn stopped(&self, patience: Duration) {
         loop {
-            let until = *self.0.lock() + patience;
+            let until = self.last() + patience;
             if until <= Instant::now() {
                 return;
             }

@@ -63,7 +63,7 @@ impl Tunnel {
         let outcome = tokio::select! {
             carried = copy_bidirectional_with_sizes(&mut client, &mut port, BUFFER, BUFFER) => match carried {
                 Ok((up, down)) => {
-                    tracing::debug!(up, down, request_id = self.exchange.request_id, "a WebSocket has ended");
+                    tracing::debug!(up, down, request_id = self.exchange.request_id(), "a WebSocket has ended");
                     return;
                 }
                 Err(error) => error.to_string(),
@@ -71,7 +71,7 @@ impl Tunnel {
             () = movement.stopped(self.silence) => "silent for too long".to_owned(),
             () = stop.cancelled() => "the gateway stops".to_owned(),
         };
-        tracing::debug!(outcome, request_id = self.exchange.request_id, "a WebSocket to a port was ended");
+        tracing::debug!(outcome, request_id = self.exchange.request_id(), "a WebSocket to a port was ended");
         drop((self.place, self.room));
     }
 }

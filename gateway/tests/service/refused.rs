@@ -4,7 +4,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use http::Method;
-use oc_gateway::listener::Limits;
+use oc_gateway::listener::{Limits, head::MAX_FIELDS};
 use oc_mesh::keys;
 use oc_proto::{mesh::SandboxRecord, v1::SandboxState};
 use serde_json::Value;
@@ -124,6 +124,18 @@ async fn a_page_is_shown_to_who_reads() {
         assert!(answer.contains("text/html") && answer.contains("request r-9"), "{what}: {answer}");
         let (status_there, _, id) = read(&ask("localhost").await);
         assert_eq!((status_there, id.as_str()), (status, "r-9"), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn as_many_fields_are_taken_as_the_limit_says() {
+    let mesh = Mesh::start().await;
+    // With those that every request has.
+    for (more, expected) in [(MAX_FIELDS - 2, "200"), (MAX_FIELDS - 1, "431")] {
+        let fields = "x: y\r\n".repeat(more);
+        let head = format!("GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{fields}\r\n");
+        let answer = raw(&mesh, head).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {expected} ")), "{more}: {answer}");
     }
 }
 

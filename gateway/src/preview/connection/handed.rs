@@ -18,6 +18,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Answers;
+use crate::listener::short::{self, SHORT};
 
 /// A connection by a socket of our own.
 #[derive(Debug)]
@@ -84,7 +85,10 @@ impl AsyncWrite for Handed {
         context: &mut Context<'_>,
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(context, data)
+        match short::joined(data, &mut [0; SHORT]) {
+            Some(data) => Pin::new(&mut self.socket).poll_write(context, data),
+            None => Pin::new(&mut self.socket).poll_write_vectored(context, data),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
