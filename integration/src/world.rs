@@ -24,6 +24,8 @@ use crate::mesh::succeeded;
 
 /// Where the server takes connections and datagrams.
 pub const PORT: u16 = 7007;
+/// How the names of all worlds begin.
+pub const PREFIX: &str = "ocw";
 /// As long as a client may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -33,7 +35,8 @@ pub type Datagram = (String, Vec<u8>);
 /// A server in a namespace of its own.
 #[derive(Debug)]
 pub struct World {
-    name: String,
+    /// Its namespace's, and that of this machine's link to it.
+    pub name: String,
     /// Of the internet.
     pub public: String,
     /// This machine's, likewise.
@@ -59,7 +62,7 @@ impl World {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         // Two tests that run at once have nothing in common.
         let (a, b) = (std::process::id() % 250, NEXT.fetch_add(1, Ordering::Relaxed) * 8);
-        let name = format!("ocw{}-{b}", std::process::id());
+        let name = format!("{PREFIX}{}-{b}", std::process::id());
         let world = Self {
             public: format!("25.213.{a}.{}", b + 2),
             public_of_host: format!("25.213.{a}.{}", b + 1),

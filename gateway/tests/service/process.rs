@@ -1,6 +1,6 @@
 //! The binary itself.
 
-use std::{process::Stdio, time::Duration};
+use std::{io::ErrorKind, process::Stdio, time::Duration};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -14,7 +14,8 @@ use nix::{
 use oc_mesh::{keys, record};
 use oc_proto::mesh::GatewayRecord;
 use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{TcpListener, TcpStream},
     process::{Child, Command},
     task::JoinHandle,
 };
@@ -102,6 +103,30 @@ async fn it_registers_says_where_it_listens_and_leaves() {
     assert_eq!(mesh.send(Method::GET, "/readyz", &[], "").await.status, 200);
     gateway.stop().await;
     assert_eq!(member().await, None);
+}
+
+#[tokio::test]
+async fn what_the_end_of_its_drain_breaks_off_is_reset_and_logged() {
+    let mut mesh = Mesh::start().await;
+    let gateway = Gateway::start(&mut mesh).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut client = TcpStream::connect(mesh.address).await.unwrap();
+    let request = format!("GET /never HTTP/1.1\r\nHost: {SANDBOX}-p{port}.preview.localhost\r\n\r\n");
+    client.write_all(request.as_bytes()).await.unwrap();
+    let (mut socket, _) = listener.accept().await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        socket.read_buf(&mut head).await.unwrap();
+    }
+    let log = gateway.stop().await;
+    // A process that had just ended would have closed it, as if that had been all.
+    let ended = socket.read(&mut [0; 16]).await.map_err(|error| error.kind());
+    assert_eq!(ended, Err(ErrorKind::ConnectionReset));
+    let lines = log.iter().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let requests: Vec<_> = lines.filter(|line| line["route"] == "preview").collect();
+    let [line] = requests.as_slice() else { panic!("{log:?}") };
+    assert_eq!((&line["status"], &line["complete"]), (&499.into(), &false.into()), "{line}");
 }
 
 #[tokio::test]
