@@ -28,7 +28,7 @@ use tokio::{
 
 use super::{
     head::{self, Body, MAX_BYTES, Problem, Refused},
-    short::{self, SHORT},
+    short,
 };
 
 /// How long, once a refusal was answered, what its sender still sends is thrown away: closed with unread bytes the connection
@@ -298,7 +298,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Gate<I> {
                 Poll::Ready(Ok(())) => {}
                 Poll::Pending if this.is_amid_head() => {
                     ready!(this.wait_for_head(context));
-                    this.refuse(*Refused::unfinished(Problem::Late, &this.held));
+                    this.refuse(*Refused::beginning(Problem::Late, &this.held));
                     continue;
                 }
                 other => return other,
@@ -308,7 +308,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Gate<I> {
                 if !this.is_amid_head() {
                     return Poll::Ready(Ok(()));
                 }
-                this.refuse(*Refused::unfinished(Problem::Cut, &this.held));
+                this.refuse(*Refused::beginning(Problem::Cut, &this.held));
             } else if this.held.is_empty() {
                 // What is refused is judged again from where it is held.
                 let length = this.follow(come).unwrap_or(0);
@@ -339,10 +339,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Gate<I> {
         context: &mut Context<'_>,
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match short::joined(data, &mut [0; SHORT]) {
-            Some(data) => Pin::new(&mut self.io).poll_write(context, data),
-            None => Pin::new(&mut self.io).poll_write_vectored(context, data),
-        }
+        short::poll_write(Pin::new(&mut self.io), context, data)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -83,9 +83,9 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// One that begins like this. Of a head that is not whole, or of none, it has the fields before what is wrong.
+    /// One that begins with these bytes. Of a head that is not whole, or of none, it has the fields before what is wrong.
     #[must_use]
-    pub fn unfinished(problem: Problem, bytes: &[u8]) -> Box<Self> {
+    pub fn beginning(problem: Problem, bytes: &[u8]) -> Box<Self> {
         let mut storage = [EMPTY_HEADER; MAX_FIELDS];
         let mut head = httparse::Request::new(&mut storage);
         let _ = head.parse(bytes);
@@ -160,7 +160,7 @@ pub fn read(bytes: &[u8]) -> Result<Option<Head>, Box<Refused>> {
     };
     match judged {
         Ok((length, (body, may_switch))) => Ok(Some(Head { length, body, may_switch })),
-        Err(problem) => Err(Refused::unfinished(problem, bytes)),
+        Err(problem) => Err(Refused::beginning(problem, bytes)),
     }
 }
 

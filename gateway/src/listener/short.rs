@@ -1,12 +1,30 @@
-//! Messages that are short enough to be put together.
+//! Messages that are short enough to be put together: `send` of one piece does less around the socket than `writev` of several does.
 
-use std::io::IoSlice;
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::io::AsyncWrite;
 
 /// What is worth being put together: heads, and most answers of an API with theirs.
-pub const SHORT: usize = 1 << 10;
+const SHORT: usize = 1 << 10;
 
-/// These bytes in one piece, if they are few: `send` of one does less around the socket than `writev` of several does.
-pub fn joined<'a>(pieces: &'a [IoSlice<'_>], room: &'a mut [u8; SHORT]) -> Option<&'a [u8]> {
+/// Writes these pieces, as one if they are few bytes.
+pub fn poll_write<W: AsyncWrite>(
+    writer: Pin<&mut W>,
+    context: &mut Context<'_>,
+    pieces: &[IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
+    match joined(pieces, &mut [0; SHORT]) {
+        Some(whole) => writer.poll_write(context, whole),
+        None => writer.poll_write_vectored(context, pieces),
+    }
+}
+
+/// These bytes in one piece, if they are few.
+fn joined<'a>(pieces: &'a [IoSlice<'_>], room: &'a mut [u8; SHORT]) -> Option<&'a [u8]> {
     if let [piece] = pieces {
         return Some(piece);
     }

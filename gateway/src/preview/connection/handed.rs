@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Answers;
-use crate::listener::short::{self, SHORT};
+use crate::listener::short;
 
 /// A connection by a socket of our own.
 #[derive(Debug)]
@@ -85,10 +85,7 @@ impl AsyncWrite for Handed {
         context: &mut Context<'_>,
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match short::joined(data, &mut [0; SHORT]) {
-            Some(data) => Pin::new(&mut self.socket).poll_write(context, data),
-            None => Pin::new(&mut self.socket).poll_write_vectored(context, data),
-        }
+        short::poll_write(Pin::new(&mut self.socket), context, data)
     }
 
     fn is_write_vectored(&self) -> bool {
