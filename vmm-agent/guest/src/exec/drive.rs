@@ -19,7 +19,7 @@ use crate::children::Process;
 /// After a process has ended, what it left running may hold its output open; it is not waited for longer than this while
 /// nothing comes.
 const LINGER: Duration = Duration::from_millis(200);
-/// What is read at once, bytes: at first, and from a program that writes a lot.
+/// What is read at once, bytes: at first, and from a program that writes a lot. Never more than its ring takes.
 const READ: (usize, usize) = (4 << 10, 256 << 10);
 /// Reads that are smaller are copied, so that they do not hold on to a large buffer.
 const COPIED: usize = 4 << 10;
@@ -173,7 +173,7 @@ async fn read_all(
     mut ended: watch::Receiver<bool>,
 ) {
     let mut buffer = BytesMut::new();
-    let mut size = READ.0;
+    let mut size = READ.0.min(session.room());
     let mut left = LEFT;
     loop {
         buffer.clear();
@@ -198,7 +198,7 @@ async fn read_all(
         let bytes = if read <= COPIED { Bytes::copy_from_slice(&buffer) } else { buffer.split().freeze() };
         session.put(stream, bytes).await;
         if read == size {
-            size = (2 * size).min(READ.1);
+            size = (2 * size).min(READ.1).min(session.room());
             // The pipe may be full again by now, and would be whenever it is looked at: everybody else's turn comes first.
             yield_now().await;
         }
@@ -369,7 +369,19 @@ mod tests {
         assert!(read == all.as_bytes());
         let alone = start(script, None, 4000, Limits::default());
         let (_, out, _) = result(&alone).await;
-        assert!(out.len() < 4000 && all.ends_with(&out));
+        assert!(out.len() <= 4000 && all.ends_with(&out), "{} bytes", out.len());
         assert_eq!(alone.lock().ring.end(), all.len() as u64);
+    }
+
+    #[tokio::test]
+    async fn no_piece_is_larger_than_its_ring() {
+        for ring_bytes in [4000, 50_000] {
+            // All in one write, so that as much as is asked for can be read at once.
+            let script = "head -c 200000 /dev/zero | dd bs=200000 iflag=fullblock status=none";
+            let session = start(script, None, ring_bytes, Limits::default());
+            let (_, out, _) = result(&session).await;
+            assert!((1..=ring_bytes).contains(&out.len()), "{} bytes", out.len());
+            assert_eq!(session.lock().ring.end(), 200_000);
+        }
     }
 }

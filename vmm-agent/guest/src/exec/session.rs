@@ -134,6 +134,11 @@ impl Session {
         &self.facts
     }
 
+    /// What its ring may take as it is now, bytes. More, if there is any, once that much was written.
+    pub fn room(&self) -> usize {
+        self.lock().room.get()
+    }
+
     /// Its processes' group.
     pub fn group(&self) -> Group {
         self.group

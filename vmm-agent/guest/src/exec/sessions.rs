@@ -1,6 +1,7 @@
 //! All sessions of the guest, by ID. One that has ended stays for a while, for whoever wants to know how.
 
 use std::{
+    ops::RangeInclusive,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -22,8 +23,10 @@ const MAX_RUNNING: usize = 64;
 const MAX_ENDED: usize = 256;
 /// For how long they are.
 const REMEMBERED: Duration = Duration::from_secs(300);
-/// What a ring may take where nobody says otherwise, and at most, bytes.
-const RING: (usize, usize) = (1 << 20, 16 << 20);
+/// What a ring may take where nobody says otherwise, bytes.
+const RING: usize = 1 << 20;
+/// What it may take where somebody does, bytes.
+const RINGS: RangeInclusive<usize> = 4 << 10..=16 << 20;
 /// Bytes of randomness in an ID.
 const ID_BYTES: usize = 8;
 
@@ -131,7 +134,7 @@ impl Sessions {
         let (process, channels) = spawn_blocking(move || invocation.launch(envs, wanted))
             .await
             .map_err(|error| Refusal::Internal.status(error.to_string()))??;
-        let ring_bytes = if ring_bytes == 0 { RING.0 } else { ring_bytes.min(RING.1) };
+        let ring_bytes = if ring_bytes == 0 { RING } else { ring_bytes.clamp(*RINGS.start(), *RINGS.end()) };
         let facts = Facts { id, kind, command, args, started_at: SystemTime::now(), ring_bytes };
         let size = match wanted {
             Wanted::Terminal(size) => Some(size),
