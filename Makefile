@@ -9,7 +9,7 @@ BUF := $(TOOLS)/python/bin/buf
 
 ROUNDS ?= 100
 
-.PHONY: help demo test test-kvm torture up down bench build lint setup setup-test clean
+.PHONY: help demo test test-kvm torture up down bench build build-test build-parts lint setup setup-test clean
 
 help: ## shows this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,18 +17,18 @@ help: ## shows this list
 demo: build ## sets up, builds, starts everything, uses one sandbox, cleans up
 	tools/demo $(BIN)
 
-test: setup-test build ## sets up, builds, runs every test
+test: build-test ## sets up, builds, runs every test
 	cargo test --release --workspace --locked --no-fail-fast
 
 test-kvm: export OC_VMM = firecracker
 test-kvm: export OC_FIRECRACKER ?= $(TOOLS)/firecracker/firecracker
 test-kvm: export OC_JAILER ?= $(TOOLS)/firecracker/jailer
-test-kvm: setup-test build ## the tests of sandboxes under Firecracker, on a machine where its guests boot
-	OC_GUESTS_BOOT=1 cargo test --release --locked -p oc-integration --test firecracker
-	cargo test --release --locked -p oc-integration --test functional
+test-kvm: build-test ## the tests of sandboxes under Firecracker, on a machine where its guests boot
+	OC_GUESTS_BOOT=1 cargo test --release --workspace --locked --test firecracker
+	cargo test --release --workspace --locked --test functional
 
-torture: setup-test build ## the tests of writers that are interrupted, ROUNDS times (100)
-	OC_TORTURE_ROUNDS=$(ROUNDS) cargo test --release --locked -p oc-integration --test functional -- writers_lose_nothing
+torture: build-test ## the tests of writers that are interrupted, ROUNDS times (100)
+	OC_TORTURE_ROUNDS=$(ROUNDS) cargo test --release --workspace --locked --test functional -- writers_lose_nothing
 
 bench: setup-test build ## prints the tables of the README, measured here and now
 	@cargo run --quiet --release --locked -p oc-integration --bin oc-bench
@@ -39,13 +39,22 @@ up: build ## keeps a mesh running on this machine until Ctrl-C
 down: ## ends what `oc up --detach` started
 	$(BIN)/oc down
 
-build: setup ## release binaries in target/release, the guest's static one included
+build: setup build-parts ## release binaries in target/release, the guest's static one included
 	cargo build --release --locked --workspace --bins
-	cargo build --release --locked -p oc-preload
 	@# In the place of the one that is optimised as the rest, which is a link to a file of cargo's.
 	cargo build --profile edge --locked -p oc-gateway --bin oc-gateway
 	@cmp -s $(CARGO_TARGET_DIR)/edge/oc-gateway $(BIN)/oc-gateway \
 		|| cp --remove-destination $(CARGO_TARGET_DIR)/edge/oc-gateway $(BIN)/oc-gateway
+
+# The same programs beside the tests, and together with them: those turn features of dependencies on, with which cargo would
+# compile all of it once more.
+build-test: setup-test build-parts
+	cargo build --release --locked --workspace --tests \
+		--bin oc --bin oc-scheduler --bin oc-vmm-agent --bin oc-gateway
+
+# What no package is for cargo as it stands: what runs in the guest and in the VMM.
+build-parts: setup
+	cargo build --release --locked -p oc-preload
 	@# Linked statically, under a name of its own: the guest has no libraries when it starts.
 	cargo rustc --profile guest --locked -p oc-guest --bin oc-guest -- -C target-feature=+crt-static
 	@cmp -s $(CARGO_TARGET_DIR)/guest/oc-guest $(BIN)/oc-init || cp $(CARGO_TARGET_DIR)/guest/oc-guest $(BIN)/oc-init

@@ -1,17 +1,14 @@
 //! `oc agent`, against a mesh whose streams break after every other event.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::{
     io::{BufRead as _, BufReader},
     process::Stdio,
 };
 
-use fake::shell::{Shell, signal, text};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+
+use crate::fake::shell::{Shell, signal, text};
 
 const SAID: &str = "[conversation c1, model m1]\nabout tea\n> Bash: ls\n[success, 1 turns]\n";
 

@@ -1,10 +1,6 @@
 //! Many callers at once, at random, over a host whose VMs die and whose snapshots are torn. Whatever happened, in the
 //! end the registry, the journal and the host agree.
 
-#![allow(clippy::unwrap_used)]
-
-mod world;
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, atomic::Ordering},
@@ -17,7 +13,8 @@ use oc_vmm_agent::vm::{
 };
 use parking_lot::Mutex;
 use tokio::{task::JoinSet, time::timeout};
-use world::{Agent, World, eventually, id, order, owner};
+
+use crate::world::{Agent, DEADLINE, World, eventually, id, order, owner};
 
 const SANDBOXES: u64 = 6;
 const CALLERS: u64 = 12;
@@ -44,18 +41,15 @@ async fn caller(agent: Arc<Agent>, world: Arc<World>, deleted: Deleted, mut dice
             0..5 => {
                 let known = deleted.lock().get(&name).copied().unwrap_or(0);
                 // Some callers do not wait for the answer.
-                let patience = if dice.roll(4) == 0 { Duration::from_micros(300) } else { world::DEADLINE };
+                let patience = if dice.roll(4) == 0 { Duration::from_micros(300) } else { DEADLINE };
                 let created = timeout(patience, agent.host.create(owner(&name, epoch), order())).await;
-                assert!(
-                    patience < world::DEADLINE || created.is_ok(),
-                    "a create at {epoch} of {name} never ended"
-                );
+                assert!(patience < DEADLINE || created.is_ok(), "a create at {epoch} of {name} never ended");
                 if let Ok(Ok(_)) = created {
                     assert!(epoch > known, "{name} at {epoch} came back after its deletion at {known}");
                 }
             }
             5..8 => {
-                match timeout(world::DEADLINE, agent.host.delete(&id(&name), owner(&name, epoch).epoch, None))
+                match timeout(DEADLINE, agent.host.delete(&id(&name), owner(&name, epoch).epoch, None))
                     .await
                     .unwrap_or_else(|_| panic!("a deletion at {epoch} of {name} never ended"))
                 {
@@ -118,12 +112,12 @@ async fn registry_journal_and_host_agree_after_any_mix_of_calls() {
         eventually("every VM is a sandbox's or the pool's", accounted).await;
 
         for vm in listed {
-            timeout(world::DEADLINE, agent.host.delete(&vm.owner.sandbox, vm.owner.epoch, None))
+            timeout(DEADLINE, agent.host.delete(&vm.owner.sandbox, vm.owner.epoch, None))
                 .await
                 .unwrap()
                 .unwrap();
         }
-        timeout(world::DEADLINE, agent.stop()).await.unwrap();
+        timeout(DEADLINE, agent.stop()).await.unwrap();
         assert!(world.vms.lock().is_empty(), "seed {seed}: nothing is left");
         assert_eq!(std::fs::read_dir(dir.path().join("journal")).unwrap().count(), 0, "seed {seed}");
     }

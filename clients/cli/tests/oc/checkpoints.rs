@@ -1,12 +1,9 @@
 //! `oc checkpoint` and `oc fork`, as a shell runs them, against a mesh without microVMs.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
-use fake::shell::{Shell, text};
 use oc_proto::v1::{CheckpointKind, CheckpointState, ForkMode, RetentionMode};
 use serde_json::{Value, json};
+
+use crate::fake::shell::{Shell, text};
 
 /// ID of a new sandbox.
 fn sandbox(shell: &Shell) -> String {

@@ -1,9 +1,5 @@
 //! Calls that pass through to guests, and what their callers are told when the sandbox is not there to answer.
 
-#![allow(clippy::unwrap_used)]
-
-mod world;
-
 use std::{sync::atomic::Ordering, time::SystemTime};
 
 use oc_mesh::error::reason_of;
@@ -18,7 +14,8 @@ use oc_vmm_agent::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status, Streaming};
-use world::{Agent, World, eventually, id, order, owner};
+
+use crate::world::{Agent, World, eventually, id, order, owner};
 
 async fn run(host: &Host, sandbox: Option<&str>, cmd: &str) -> Result<RunResponse, Status> {
     let mut request = Request::new(RunRequest { cmd: cmd.into(), ..Default::default() });

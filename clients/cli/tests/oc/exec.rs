@@ -1,22 +1,19 @@
 //! `oc exec`, as a shell runs it, against a mesh without microVMs whose connections break.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     process::{Child, Output, Stdio},
 };
 
-use fake::{
+use nix::sys::signal::Signal;
+use oc_proto::v1::ExecStream;
+use serde_json::Value;
+
+use crate::fake::{
     exec::{Break, How},
     sessions::noise,
     shell::{Shell, signal, text},
 };
-use nix::sys::signal::Signal;
-use oc_proto::v1::ExecStream;
-use serde_json::Value;
 
 /// Runs a command with something on its standard input.
 fn feed(shell: &Shell, line: &str, input: Vec<u8>) -> Output {

@@ -1,10 +1,6 @@
 //! Sandboxes that hibernate are paused first and captured meanwhile; they are woken, deleted, crowded out and lost amid
 //! that, and the agent and the machine die at every step of it.
 
-#![allow(clippy::unwrap_used)]
-
-mod world;
-
 use std::{
     path::Path,
     sync::{Arc, atomic::Ordering},
@@ -23,7 +19,8 @@ use oc_vmm_agent::{
     },
 };
 use tokio::runtime::Runtime;
-use world::{Agent, DEADLINE, LIMITS, World, eventually, id, order, owner};
+
+use crate::world::{Agent, DEADLINE, LIMITS, World, eventually, id, order, owner};
 
 const NAME: &str = "sb-1";
 /// Nothing that a test waits for.

@@ -1,10 +1,6 @@
 //! Sandboxes are stored and woken, and the agent dies at every step of that. Nothing is paused first here: that is in
 //! `paused.rs`.
 
-#![allow(clippy::unwrap_used)]
-
-mod world;
-
 use std::{
     path::Path,
     sync::{Arc, atomic::Ordering},
@@ -22,7 +18,8 @@ use oc_vmm_agent::{
     },
 };
 use tokio::runtime::Runtime;
-use world::{Agent, DEADLINE, World, eventually, id, order, owner};
+
+use crate::world::{Agent, DEADLINE, World, eventually, id, order, owner};
 
 const NAME: &str = "sb-1";
 

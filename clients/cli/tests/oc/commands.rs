@@ -1,16 +1,13 @@
 //! The commands, as a shell runs them, against a mesh without microVMs.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::process::{Command, Stdio};
 
-use fake::{
+use serde_json::json;
+
+use crate::fake::{
     KEY,
     shell::{Shell, text},
 };
-use serde_json::json;
 
 #[test]
 fn a_sandbox_is_created_shown_listed_and_killed() {

@@ -1,7 +1,5 @@
 //! A mesh without microVMs: the public services over maps, on a port of the loopback.
 
-#![allow(dead_code, clippy::unwrap_used, reason = "shared by several tests, none of which uses all")]
-
 pub mod agents;
 pub mod checkpoints;
 pub mod exec;

@@ -1,16 +1,13 @@
 //! `oc watch`, against a mesh whose streams break.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::{
     io::{BufRead as _, BufReader},
     process::Stdio,
 };
 
-use fake::shell::{Shell, text};
 use serde_json::Value;
+
+use crate::fake::shell::{Shell, text};
 
 fn lines(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()

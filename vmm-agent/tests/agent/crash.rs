@@ -1,14 +1,11 @@
 //! The agent dies at every step that it takes; the next one over the same host finishes or undoes what it finds.
 
-#![allow(clippy::unwrap_used)]
-
-mod world;
-
 use std::{path::Path, sync::Arc, time::Duration};
 
 use oc_vmm_agent::vm::{decide::Phase, handle::VmError};
 use tokio::runtime::Runtime;
-use world::{Agent, DEADLINE, World, eventually, id, order, owner};
+
+use crate::world::{Agent, DEADLINE, World, eventually, id, order, owner};
 
 /// What callers were told.
 #[derive(Clone, Debug, Default)]

@@ -1,7 +1,5 @@
 //! Creates, deletes and losses, with every way in which they can meet.
 
-mod world;
-
 use std::{
     sync::atomic::Ordering,
     time::{Duration, SystemTime},
@@ -16,7 +14,8 @@ use oc_vmm_agent::{
         start::StartError,
     },
 };
-use world::{Agent, World, eventually, id, order, owner};
+
+use crate::world::{Agent, World, eventually, id, order, owner};
 
 #[tokio::test]
 async fn a_create_takes_a_waiting_clone_and_tells_it_who_it_is() {

@@ -1,14 +1,11 @@
 //! `oc preview`, as a shell runs it, against a mesh without microVMs.
 
-#![allow(clippy::unwrap_used)]
+use serde_json::{Value, json};
 
-mod fake;
-
-use fake::{
+use crate::fake::{
     previews::MADE_TOKEN,
     shell::{Shell, text},
 };
-use serde_json::{Value, json};
 
 const OWN_TOKEN: &str = "own-0123456789abcdef";
 

@@ -1,9 +1,5 @@
 //! `oc files`, as a shell runs it, against a mesh without microVMs.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::{
     ffi::OsStr,
     fs,
@@ -16,8 +12,9 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use fake::{Fake, KEY, files::Entry};
 use serde_json::{Value, json};
+
+use crate::fake::{Fake, KEY, files::Entry};
 
 /// A mesh, and a directory to copy to and from.
 struct Shell {
@@ -223,7 +220,7 @@ fn an_upload_that_is_interrupted_is_not_committed() {
     let mut child = shell.command(["cp", "-", "sb-1:/m"]).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     stdin.write_all(&[7; 1 << 20]).unwrap();
-    let until = |what: &str, condition: &dyn Fn(&fake::State) -> bool| {
+    let until = |what: &str, condition: &dyn Fn(&crate::fake::State) -> bool| {
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
         while !condition(&shell.mesh.state.lock().unwrap()) {
             assert!(std::time::Instant::now() < deadline, "never: {what}");
@@ -332,7 +329,7 @@ fn ctrl_c_ends_a_watch() {
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
     assert_eq!(line, "created   /d/new/\n");
-    fake::shell::signal(&child, nix::sys::signal::Signal::SIGINT);
+    crate::fake::shell::signal(&child, nix::sys::signal::Signal::SIGINT);
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 

@@ -1,7 +1,5 @@
 //! `oc node doctor`, with a script in the place of the agent's program.
 
-#![allow(clippy::unwrap_used)]
-
 use std::{
     fs,
     os::unix::fs::PermissionsExt as _,

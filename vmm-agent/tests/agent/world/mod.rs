@@ -1,8 +1,7 @@
 //! A host without any VMM: its "processes" and "homes" live in memory, outlive every agent that the tests start
 //! and drop, and can be told to fail, to wait, or to stop the agent at any step.
 
-// Each test file uses a part of it.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::expect_used)]
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

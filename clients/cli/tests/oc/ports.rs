@@ -1,21 +1,18 @@
 //! `oc port-forward`, against a mesh whose ports behave in every way a port can.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::{
     io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
     net::{Shutdown, TcpStream},
     process::{Child, ChildStderr, Stdio},
 };
 
-use fake::{
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::fake::{
     sessions::noise,
     shell::{Shell, signal, text},
 };
-use nix::sys::signal::Signal;
-use serde_json::Value;
 
 /// Ports that are forwarded, and where to connect to.
 struct Forwarded {

@@ -1,9 +1,5 @@
 //! The whole agent on a socket, with a record store, as the mesh sees it; and what is left when it is told to clean up.
 
-#![allow(clippy::unwrap_used)]
-
-mod world;
-
 use std::{
     path::Path,
     sync::Arc,
@@ -30,7 +26,8 @@ use oc_vmm_agent::{
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
-use world::{DEADLINE, FakeBackend, World};
+
+use crate::world::{DEADLINE, FakeBackend, World};
 
 struct Running {
     endpoint: String,

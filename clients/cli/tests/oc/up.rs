@@ -1,9 +1,5 @@
 //! `oc up` and `oc down` over services that are shell scripts, and a gateway that is this test binary.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::{
     fs,
     io::{BufRead as _, BufReader},
@@ -28,7 +24,7 @@ fn serve_as_the_gateway() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();
-        fake::serve(listener, None, std::sync::Arc::default()).await;
+        crate::fake::serve(listener, None, std::sync::Arc::default()).await;
     });
 }
 

@@ -1,9 +1,5 @@
 //! States of sandboxes are taken down, gone back to and branched from, and the agent dies at every step of that.
 
-#![allow(clippy::unwrap_used)]
-
-mod world;
-
 use std::sync::{Arc, atomic::Ordering};
 
 use oc_vmm_agent::{
@@ -16,7 +12,8 @@ use oc_vmm_agent::{
     },
 };
 use tokio::runtime::Runtime;
-use world::{Agent, World, id, order, owner};
+
+use crate::world::{Agent, World, id, order, owner};
 
 const NAME: &str = "sb-1";
 

@@ -1,9 +1,5 @@
 //! `oc shell` and `oc exec -it` on a real pseudo-terminal, against a mesh without microVMs.
 
-#![allow(clippy::unwrap_used)]
-
-mod fake;
-
 use std::{
     fs::File,
     io::{Read as _, Write as _},
@@ -13,14 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fake::{
+use nix::{pty::openpty, sys::signal::Signal};
+use oc_proto::v1::ExecStream;
+use rustix::termios::{self, LocalModes, Winsize};
+
+use crate::fake::{
     Fake,
     exec::{Break, How},
     shell::{Shell, signal, text},
 };
-use nix::{pty::openpty, sys::signal::Signal};
-use oc_proto::v1::ExecStream;
-use rustix::termios::{self, LocalModes, Winsize};
 
 /// A child on a terminal of its own.
 struct Typist {
