@@ -118,14 +118,8 @@ pub fn mount(data_dir: &Path, size_mb: u32) -> Result<(), ImageError> {
         }
         make(&image, size_mb)?;
     }
-    let device = attach(&image)?;
-    let mounted =
-        run("mount", "mount", ["-t", "xfs", "-o", MOUNT_OPTIONS, &device].map(OsStr::new), data_dir);
-    // Mounted, it is let go of with the mount; else now.
-    if let Err(error) = detach(&device) {
-        warn!(device, %error, "a loop device stays");
-    }
-    mounted?;
+    // A device that was left may go while we look at it.
+    attach_and_mount(&image, data_dir).or_else(|_| attach_and_mount(&image, data_dir))?;
     info!(image = %image.display(), "the data directory is on a filesystem of its own");
     Ok(())
 }
@@ -163,7 +157,7 @@ pub async fn remove(data_dir: &Path) -> Result<(), ImageError> {
         }
     }
     for device in attached(&image)? {
-        detach(&device)?;
+        detach(&image, &device)?;
     }
     Ok(durable::remove(&image)?)
 }
@@ -196,6 +190,17 @@ fn is_mounted(data_dir: &Path) -> io::Result<bool> {
     }
 }
 
+fn attach_and_mount(image: &Path, data_dir: &Path) -> Result<(), ImageError> {
+    let device = attach(image)?;
+    let mounted =
+        run("mount", "mount", ["-t", "xfs", "-o", MOUNT_OPTIONS, &device].map(OsStr::new), data_dir);
+    // Mounted, it is let go of with the mount; else now.
+    if let Err(error) = detach(image, &device) {
+        warn!(device, %error, "a loop device stays");
+    }
+    mounted.map(drop)
+}
+
 /// A loop device of the image: one that an agent left that was killed, or a new one.
 fn attach(image: &Path) -> Result<String, ImageError> {
     if let Some(device) = attached(image)?.into_iter().next() {
@@ -211,8 +216,12 @@ fn attached(image: &Path) -> Result<Vec<String>, ImageError> {
     Ok(told.split_whitespace().map(str::to_owned).collect())
 }
 
-fn detach(device: &str) -> Result<(), ImageError> {
-    run("losetup", "mount", [OsStr::new("--detach")], Path::new(device)).map(drop)
+/// Takes the image off `device`. Fine if it went by itself: whoever else has looked at it is the last to let go.
+fn detach(image: &Path, device: &str) -> Result<(), ImageError> {
+    match run("losetup", "mount", [OsStr::new("--detach")], Path::new(device)) {
+        Err(_) if !attached(image)?.iter().any(|one| one == device) => Ok(()),
+        detached => detached.map(drop),
+    }
 }
 
 /// Runs `program` on `path`; what it prints.

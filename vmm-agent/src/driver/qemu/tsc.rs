@@ -5,19 +5,31 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-/// Long enough that a preempted measurement is off by less than the kernel tolerates (500 ppm are corrected by it later).
+/// Long enough that what the two ends of it are off by ([`CLOSE`]) is less than the kernel tolerates (500 ppm are corrected
+/// by it later).
 const WINDOW: Duration = Duration::from_millis(20);
+/// Clock and counter are read within this time of each other.
+const CLOSE: Duration = Duration::from_micros(5);
+/// So often that is tried, on a host that keeps interrupting.
+const TRIES: usize = 1000;
 
 /// The rate of the time stamp counter, kHz.
 ///
 /// Under software emulation the guest's counter runs at this rate. The kernel is told so on its command line
 /// (`tsc_early_khz`), because its machine has no PIT to calibrate it against, and on a busy host that would fail.
 pub async fn measure_khz() -> u64 {
-    let (began, first) = (Instant::now(), read());
+    let (began, first) = now();
     sleep(WINDOW).await;
-    let (ticks, passed) = (read().wrapping_sub(first), began.elapsed());
-    let khz = u128::from(ticks) * 1_000_000 / passed.as_nanos().max(1);
+    let (ended, last) = now();
+    let ticks = u128::from(last.wrapping_sub(first));
+    let khz = ticks * 1_000_000 / ended.duration_since(began).as_nanos().max(1);
     u64::try_from(khz).unwrap_or(u64::MAX)
+}
+
+/// Clock and counter at the same moment.
+fn now() -> (Instant, u64) {
+    let pair = || (Instant::now(), read());
+    (1..TRIES).map(|_| pair()).find(|(clock, _)| clock.elapsed() < CLOSE).unwrap_or_else(pair)
 }
 
 fn read() -> u64 {
