@@ -30,6 +30,8 @@ use super::{certificates::Certificates, identity::Identity};
 
 /// A Unix socket's path has no more room: `sun_path` is 108 bytes with its NUL, unix(7).
 const SOCKET_PATH_BYTES: usize = 107;
+/// How often `run/` is removed while others write there: each of them has no more than one file to write.
+const REMOVE_ATTEMPTS: u32 = 10;
 
 /// What runs, for other commands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -238,13 +240,19 @@ impl Layout {
         self.journaled(service).iter().any(Identity::is_alive)
     }
 
-    /// Removes `run/`.
+    /// Removes `run/`, and what a shim whose supervisor was killed still writes there meanwhile.
     pub fn remove_run(&self) -> Result<(), Failure> {
-        match fs::remove_dir_all(self.run()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Failure::local(format!("cannot remove {}", self.run().display()), error))
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            match fs::remove_dir_all(self.run()) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::DirectoryNotEmpty && attempts < REMOVE_ATTEMPTS => {}
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Failure::local(format!("cannot remove {}", self.run().display()), error));
+                }
+                _ => return Ok(()),
             }
-            _ => Ok(()),
         }
     }
 }

@@ -15,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use oc_proto::v1::Node;
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -63,7 +63,6 @@ pub struct Expected<'a> {
 
 /// Waits until the mesh may be used.
 pub async fn wait(expected: &Expected<'_>, stage: &Stage) -> Result<Node, Failure> {
-    let since = Instant::now();
     let mut host = None;
     let waiting = async {
         stage.set("waiting for the gateway");
@@ -113,7 +112,7 @@ pub async fn wait(expected: &Expected<'_>, stage: &Stage) -> Result<Node, Failur
         Ok(node) => Ok(node),
         // Sandboxes start without a pool too, only slower.
         Err(_) => host.ok_or_else(|| {
-            Failure::NotReady(format!("not ready after {} s: {}", since.elapsed().as_secs(), stage.text()))
+            Failure::NotReady(format!("not ready after {} s: {}", expected.patience.as_secs(), stage.text()))
         }),
     }
 }

@@ -10,7 +10,7 @@ use nix::{
     unistd::{getpid, getppid, setsid},
 };
 
-use crate::{config::write_secret, failure::Failure};
+use crate::{config::write_secret_by, failure::Failure};
 
 use super::{identity::Identity, layout::Layout};
 
@@ -55,9 +55,7 @@ fn attempt(journal: &Path, service: &RunService) -> Failure {
         return Failure::local("cannot start a session", io::Error::from(errno));
     }
     umask(Mode::from_bits_truncate(if service.private { 0o077 } else { 0o022 }));
-    let journaled =
-        Identity::current().and_then(|identity| write_secret(journal, format!("{identity}\n").as_bytes()));
-    if let Err(error) = journaled {
+    if let Err(error) = write_journal(journal) {
         return Failure::local(format!("cannot write {}", journal.display()), error);
     }
     if getppid().as_raw() != service.supervisor {
@@ -65,4 +63,31 @@ fn attempt(journal: &Path, service: &RunService) -> Failure {
     }
     let error = Command::new(program).args(arguments).exec();
     Failure::local(format!("cannot run {}", program.display()), error)
+}
+
+/// Says who the service is. The directory is not made: where it is gone the mesh has ended, and nothing of it may come
+/// back.
+fn write_journal(journal: &Path) -> io::Result<()> {
+    let identity = Identity::current()?;
+    let temporary = journal.with_extension(format!("tmp-{}", identity.pid()));
+    write_secret_by(&temporary, journal, format!("{identity}\n").as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_does_not_bring_its_directory_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let run = directory.path().join("run");
+        let journal = run.join("scheduler.1.pid");
+        assert_eq!(write_journal(&journal).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!run.exists());
+        fs::create_dir(&run).unwrap();
+        write_journal(&journal).unwrap();
+        let identity: Identity = fs::read_to_string(&journal).unwrap().parse().unwrap();
+        assert!(identity.is_alive());
+        assert_eq!(fs::read_dir(&run).unwrap().count(), 1);
+    }
 }
