@@ -1,6 +1,6 @@
 //! The gateway itself: what it is made of, and which part of it answers a request.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Version,
@@ -50,6 +50,7 @@ pub struct App {
     pub(crate) budget: Budget,
     pub(crate) websockets: WebSockets,
     pub(crate) previews: Previews,
+    pub(crate) linger: Duration,
     trusted_proxies: Vec<IpNet>,
     origins: AllowedOrigins,
     readiness: Readiness,
@@ -74,6 +75,9 @@ pub struct Settings {
     pub allowed_origins: Vec<String>,
     /// Networks of proxies before it.
     pub trusted_proxies: Vec<IpNet>,
+    /// How long what a client still sends is thrown away once its request was refused, as a rule
+    /// [`LINGER`](crate::listener::LINGER).
+    pub linger: Duration,
 }
 
 /// What must be known before calls can be answered.
@@ -154,6 +158,7 @@ impl App {
             budget: Budget::default(),
             websockets: WebSockets::new(settings.websockets),
             previews,
+            linger: settings.linger,
             trusted_proxies: settings.trusted_proxies,
             origins,
             readiness,
@@ -187,7 +192,7 @@ impl App {
         let response = if let Some(place) = place {
             let response = preview::proxy::serve(&self, &exchange, place, request, &peer).await;
             if is_http1 && response.status().is_client_error() | response.status().is_server_error() {
-                leftover.discard().await;
+                leftover.discard(self.linger).await;
             }
             response
         } else if grpc::is_call(request.headers()) {
@@ -202,7 +207,7 @@ impl App {
         } else {
             let response = Box::pin(rest::serve(&self, &exchange, request)).await;
             if is_http1 && !response.status().is_success() {
-                leftover.discard().await;
+                leftover.discard(self.linger).await;
             }
             cors::allow(response, origin)
         };

@@ -38,6 +38,9 @@ use self::{
 };
 use crate::{app::App, preview::Peer, timer::ConnectionTimer};
 
+/// How long what a client still sends is thrown away once its request was refused.
+pub const LINGER: Duration = Duration::from_secs(2);
+
 /// Limits of one listener.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -215,7 +218,7 @@ impl Connection {
         let (app, address) = (self.app, peer.address);
         let outcome = match protocol {
             Protocol::Http1 => {
-                let gate = Gate::new(io, self.limits.header_timeout);
+                let gate = Gate::new(io, self.limits.header_timeout, app.linger);
                 let ledger = gate.ledger();
                 let service = service_fn(move |request: Request<Incoming>| {
                     turn::request();

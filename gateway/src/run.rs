@@ -49,6 +49,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         previews: preview::Limits::default(),
         allowed_origins: config.allowed_origins,
         trusted_proxies: config.trusted_proxies,
+        linger: listener::LINGER,
     };
     let app = App::new(store.clone(), settings, clock, stop.clone(), ended).await?;
     let record = GatewayRecord {

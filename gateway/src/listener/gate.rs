@@ -31,9 +31,6 @@ use super::{
     short,
 };
 
-/// How long, once a refusal was answered, what its sender still sends is thrown away: closed with unread bytes the connection
-/// would be reset, and the answer lost.
-const LINGER: Duration = Duration::from_secs(2);
 /// Most that is thrown away.
 const MAX_DISCARDED: usize = 64 << 20;
 /// What is read of it at a time.
@@ -109,6 +106,9 @@ pub struct Gate<I> {
     cleared: usize,
     /// How long a head may take from its first byte to its last.
     head_within: Duration,
+    /// How long, once a refusal was answered, what its sender still sends is thrown away: closed with unread bytes the
+    /// connection would be reset, and the answer lost.
+    linger: Duration,
     late: Option<Pin<Box<Sleep>>>,
     end: End,
     ledger: Arc<Ledger>,
@@ -126,8 +126,8 @@ enum End {
 }
 
 impl<I> Gate<I> {
-    /// A connection that has just begun, whose requests' heads may take this long.
-    pub fn new(io: I, head_within: Duration) -> Self {
+    /// A connection that has just begun: how long its requests' heads may take, and what comes behind one that is refused.
+    pub fn new(io: I, head_within: Duration, linger: Duration) -> Self {
         Self {
             io,
             at: At::Head(0),
@@ -135,6 +135,7 @@ impl<I> Gate<I> {
             held: Vec::new(),
             cleared: 0,
             head_within,
+            linger,
             late: None,
             end: End::Open,
             ledger: Arc::default(),
@@ -359,7 +360,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Gate<I> {
                     if !matches!(this.at, At::Refused | At::Broken) {
                         return Poll::Ready(Ok(()));
                     }
-                    this.end = End::Lingers { until: Box::pin(sleep(LINGER)), discarded: 0 };
+                    this.end = End::Lingers { until: Box::pin(sleep(this.linger)), discarded: 0 };
                 }
                 End::Lingers { until, discarded } => {
                     let mut room = [MaybeUninit::uninit(); DISCARD];
@@ -382,14 +383,14 @@ mod tests {
     use proptest::prelude::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
-    use super::*;
+    use super::{super::LINGER, *};
 
     const WITHIN: Duration = Duration::from_secs(30);
     const STAND_IN: &str = "GET / HTTP/1.1\r\nconnection: close\r\n\r\n";
 
     fn gate() -> (DuplexStream, Gate<DuplexStream>) {
         let (client, server) = duplex(1 << 20);
-        (client, Gate::new(server, WITHIN))
+        (client, Gate::new(server, WITHIN, LINGER))
     }
 
     /// All that comes through within a moment.
@@ -488,7 +489,7 @@ mod tests {
             cut in 1_usize..30,
         ) {
             let passes = |cut: usize| {
-                let mut gate = Gate::new((), WITHIN);
+                let mut gate = Gate::new((), WITHIN, LINGER);
                 let (mut passed, mut held) = (0, Vec::new());
                 for part in bytes.as_bytes().chunks(cut) {
                     held.extend_from_slice(part);

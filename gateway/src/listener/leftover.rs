@@ -21,9 +21,6 @@ use tonic::body::Body;
 /// Most that is thrown away.
 const MAX_BYTES: usize = 64 << 20;
 
-/// Longest time that is spent on it.
-const MAX_TIME: Duration = Duration::from_secs(2);
-
 /// Where the rest of a body will be once its reader has let go of it, if there is a body.
 #[derive(Debug)]
 pub struct Leftover(Option<oneshot::Receiver<Incoming>>);
@@ -43,10 +40,10 @@ pub fn keep(request: Request<Incoming>) -> (Request<Body>, Leftover) {
 }
 
 impl Leftover {
-    /// Throws the rest away, as far as that is worth the while.
-    pub async fn discard(self) {
+    /// Throws the rest away, as far as that is worth the while, and for no longer than this.
+    pub async fn discard(self, within: Duration) {
         let Some(back) = self.0 else { return };
-        let _ = tokio::time::timeout(MAX_TIME, async {
+        let _ = tokio::time::timeout(within, async {
             let Ok(mut body) = back.await else { return };
             let mut discarded = 0;
             while let Some(Ok(frame)) = body.frame().await {

@@ -20,7 +20,10 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::sessions::{Attachment, Sessions};
+use crate::{
+    sessions::{Attachment, Sessions},
+    websocket::PATIENCE,
+};
 
 /// One upload, as far as it came.
 #[derive(Debug, Clone, Default)]
@@ -41,7 +44,7 @@ pub struct Seen {
     pub uploads: watch::Sender<Vec<Upload>>,
     /// Runs that were given up before they ended.
     pub cancelled: Arc<Notify>,
-    /// Lets paused uploads go on.
+    /// Lets what was paused go on: an upload, or a command.
     pub go_on: Notify,
     pub sessions: Sessions,
     /// Signals that were sent to sessions.
@@ -60,6 +63,16 @@ impl FakeAgent {
         let headers = request.metadata().clone().into_headers();
         let sandbox = headers["oc-sandbox-id"].to_str().unwrap().to_owned();
         self.0.calls.lock().push((rpc, sandbox, Caller::from_headers(&headers).unwrap()));
+    }
+
+    /// Waits until it was called so often.
+    pub async fn called(&self, times: usize) {
+        let called = async {
+            while self.0.calls.lock().len() < times {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, called).await.expect("it is not called");
     }
 }
 
@@ -84,6 +97,7 @@ impl ExecService for FakeAgent {
             "echo" => answer.stdout = Bytes::from(request.args.join(" ")),
             "cat" => answer.stdout = request.stdin,
             "sleep" => tokio::time::sleep(Duration::from_secs(request.args[0].parse().unwrap())).await,
+            "paused" => self.0.go_on.notified().await,
             "bytes" => answer.stdout = Bytes::from_static(b"\xff\0ok"),
             "much" => answer.stdout = Bytes::from(vec![b'x'; 4 << 20]),
             "fail" => {

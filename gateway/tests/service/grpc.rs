@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use oc_gateway::surface::Surface;
+use oc_gateway::{listener::Limits, surface::Surface};
 use oc_mesh::error::reason_of;
 use oc_proto::{
     google::api::HttpBody,
@@ -19,7 +19,10 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-use crate::mesh::{FOREIGN, Mesh, SANDBOX};
+use crate::{
+    mesh::{FOREIGN, Mesh, SANDBOX},
+    websocket::PATIENCE,
+};
 
 impl Mesh {
     async fn channel(&self) -> Channel {
@@ -97,7 +100,7 @@ async fn files_stream_both_ways() {
 
 #[tokio::test]
 async fn a_watch_lasts_until_the_gateway_stops() {
-    let mesh = Mesh::start().await;
+    let mesh = Mesh::with_limits(Limits { drain: PATIENCE * 3, ..Limits::default() }, 4096).await;
     let mut client = SandboxServiceClient::new(mesh.channel().await);
     let mut watch = async |credential: &str, id: &str| {
         let request = WatchSandboxRequest { sandbox_id: id.into(), after_revision: 7 };
@@ -115,7 +118,7 @@ async fn a_watch_lasts_until_the_gateway_stops() {
     mesh.stop.cancel();
     for stream in &mut streams {
         // Long before the drain is over.
-        let ended = tokio::time::timeout(Duration::from_secs(5), stream.next()).await.expect("it goes on");
+        let ended = tokio::time::timeout(PATIENCE, stream.next()).await.expect("it goes on");
         let error = ended.unwrap().unwrap_err();
         assert_eq!(reason_of(&error).as_deref(), Some("HOST_UNAVAILABLE"));
     }
@@ -125,12 +128,31 @@ async fn a_watch_lasts_until_the_gateway_stops() {
 async fn a_cancelled_call_is_cancelled_at_the_host() {
     let mesh = Mesh::start().await;
     let mut client = ExecServiceClient::new(mesh.channel().await);
-    let mut request = with(&mesh.key, run(SANDBOX, "sleep", &["3600"]));
-    request.set_timeout(Duration::from_millis(300));
-    assert!(client.run(request).await.is_err());
-    tokio::time::timeout(Duration::from_secs(20), mesh.agent.0.cancelled.notified())
-        .await
-        .expect("it still runs");
+    let request = || with(&mesh.key, run(SANDBOX, "sleep", &["3600"]));
+    let cancelled = || async {
+        tokio::time::timeout(PATIENCE, mesh.agent.0.cancelled.notified()).await.expect("it still runs");
+    };
+    // The call alone is given up: its connection stays.
+    let (mut caller, asked) = (client.clone(), request());
+    let call = tokio::spawn(async move { caller.run(asked).await });
+    mesh.agent.called(1).await;
+    call.abort();
+    cancelled().await;
+
+    // By its deadline. If that is over before the host has the call there is nothing to cancel: then it is made again.
+    let is_late = async {
+        loop {
+            let mut request = request();
+            request.set_timeout(Duration::from_millis(300));
+            if client.run(request).await.is_ok() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = cancelled() => {}
+        () = is_late => panic!("it was answered"),
+    }
 }
 
 #[tokio::test]

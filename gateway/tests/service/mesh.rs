@@ -160,6 +160,7 @@ impl Mesh {
             previews: preview::Limits::default(),
             allowed_origins: vec!["*".into()],
             trusted_proxies: vec![],
+            linger: listener::LINGER,
         };
         change(&mut settings);
         let app = App::new(store.clone(), settings, Arc::new(SystemClock), stop.clone(), stop.clone())

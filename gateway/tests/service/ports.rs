@@ -21,7 +21,7 @@ use oc_mesh::error::{Reason, status};
 use oc_proto::v1::{ForwardPortRequest, ForwardPortResponse, port_service_server::PortService};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Notify,
     task::JoinSet,
 };
@@ -185,6 +185,13 @@ async fn answer(mut request: Request<Incoming>, say: Arc<Notify>) -> Result<Resp
         }
     }
     Ok(response)
+}
+
+/// A port at which nobody listens, nor will as long as its socket is held.
+pub fn closed() -> (u16, TcpSocket) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    (socket.local_addr().unwrap().port(), socket)
 }
 
 /// A port that answers whatever it is asked with these bytes, and ends.

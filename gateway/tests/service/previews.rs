@@ -25,7 +25,7 @@ use crate::{
     client::{Answer, client, collect},
     http2::Http2,
     mesh::{CREATING, DELETED, FAILED, FOREIGN, HIBERNATED, Mesh, SANDBOX, put, sandbox_record},
-    ports::{Server, says},
+    ports::{Server, closed, says},
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -329,7 +329,7 @@ async fn a_hibernated_sandbox_wakes_for_a_request() {
 #[tokio::test]
 async fn what_cannot_be_reached_is_said_with_the_right_status() {
     let mesh = Mesh::start().await;
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (closed, _held) = closed();
     for (name, code, reason) in [
         ("preview.localhost".to_owned(), 404, "PREVIEW_NOT_FOUND"),
         ("x.preview.localhost".to_owned(), 404, "PREVIEW_NOT_FOUND"),
@@ -389,6 +389,9 @@ async fn ports_that_misbehave_are_told_and_none_hangs() {
         let server = Server::start().await;
         let late = get(&mesh, &host(SANDBOX, server.port), "/never", &[]).await;
         assert_eq!(late.error(), (504, "DEADLINE_EXCEEDED".into()));
+    }
+    // None of these is told by its time.
+    for mesh in both_ways(|settings| settings.previews.answer = PATIENCE).await {
         for (bytes, reason) in [
             (&b""[..], "PORT_RESET"),
             (b"SSH-2.0-OpenSSH_9.2\r\n", "PORT_RESET"),

@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::{
     mesh::{DELETED, Mesh, SANDBOX, UNWAKABLE, put, sandbox_record},
-    ports::{Server, says},
+    ports::{Server, closed, says},
     process::Gateway,
     websocket::PATIENCE,
 };
@@ -33,6 +33,11 @@ async fn raw(mesh: &Mesh, bytes: impl AsRef<[u8]>) -> String {
     };
     tokio::time::timeout(PATIENCE, talk).await.expect("it hangs");
     String::from_utf8(answers).unwrap()
+}
+
+/// A mesh whose gateway waits for those that are still sending, however slow this machine is.
+async fn patient() -> Mesh {
+    Mesh::with(Limits::default(), |settings| settings.linger = PATIENCE).await
 }
 
 /// Status, code and request ID of an answer.
@@ -72,7 +77,7 @@ fn heads() -> Vec<(&'static str, String, u16, &'static str)> {
 
 #[tokio::test]
 async fn nothing_of_a_request_with_two_lengths_reaches_anybody() {
-    let (mesh, server) = (Mesh::start().await, Server::start().await);
+    let (mesh, server) = (patient().await, Server::start().await);
     for host in ["localhost", &preview(SANDBOX, server.port)] {
         for (what, fields, status, code) in heads() {
             let text = format!(
@@ -113,7 +118,7 @@ async fn a_refusal_comes_in_its_turn_and_is_the_last() {
 
 #[tokio::test]
 async fn a_page_is_shown_to_who_reads() {
-    let mesh = Mesh::start().await;
+    let mesh = patient().await;
     for (what, wrong, status, _) in heads() {
         let ask = |host: &str| {
             let fields = format!("Accept: text/html\r\nX-Request-ID: r-9\r\n{wrong}");
@@ -189,7 +194,7 @@ async fn everything_that_is_refused_is_logged_with_its_id() {
     put(&mesh.store, &keys::sandbox(locked), &record).await;
     let gateway = Gateway::start(&mut mesh).await;
     let (broken, _tasks) = says(b"HTTP/1.1 200 OK\r\nContent-Le").await;
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (closed, _held) = closed();
     let name = preview(SANDBOX, server.port);
     let get = |target: &str, host: &str| {
         format!("GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")

@@ -1,6 +1,6 @@
 //! Slow clients, clients that vanish, and a gateway that goes down.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use oc_gateway::{listener::Limits, ws};
@@ -111,7 +111,7 @@ async fn a_client_that_vanishes_is_found_out_and_one_that_is_silent_is_not() {
     let mesh = Mesh::with(Limits::default(), |settings| {
         let patience = ws::liveness::Patience {
             quiet: Duration::from_millis(300),
-            gone: Duration::from_millis(900),
+            gone: Duration::from_secs(2),
             ..Default::default()
         };
         settings.websockets = ws::Limits { patience, ..ws::Limits::default() };
@@ -130,14 +130,28 @@ async fn a_client_that_vanishes_is_found_out_and_one_that_is_silent_is_not() {
     );
     vanished.write_all(head.as_bytes()).await.unwrap();
     session.until(|state| state.attached == 2).await;
-    let signs = async {
-        for _ in 0..6 {
-            assert_eq!(silent.bytes().await, b"", "a sign of life");
+    let mut found_out = pin!(session.until(|state| state.attached == 1 && state.detached == 1));
+    let (mut signs, mut is_found_out) = (0, false);
+    while signs < 6 || !is_found_out {
+        tokio::select! {
+            sign = silent.bytes() => {
+                assert_eq!(sign, b"", "a sign of life");
+                signs += 1;
+            }
+            _ = &mut found_out, if !is_found_out => is_found_out = true,
+        }
+    }
+    session.say("still there");
+    let said = async {
+        loop {
+            // Signs of life go on coming.
+            let said = silent.bytes().await;
+            if !said.is_empty() {
+                return said;
+            }
         }
     };
-    tokio::join!(signs, session.until(|state| state.attached == 1 && state.detached == 1));
-    session.say("still there");
-    assert_eq!(silent.bytes().await, b"\x01still there");
+    assert_eq!(tokio::time::timeout(PATIENCE, said).await.expect("nothing is said"), b"\x01still there");
 }
 
 #[tokio::test]
@@ -167,11 +181,10 @@ async fn a_client_that_does_not_answer_does_not_hold_up_the_end() {
     session.flood();
     let client = mesh.attach("exec/e-1").await;
     settled(&session).await;
-    let started = tokio::time::Instant::now();
     mesh.stop.cancel();
     let ended = async { while mesh.tasks.join_next().await.is_some() {} };
-    tokio::time::timeout(PATIENCE, ended).await.expect("the gateway does not end");
-    assert!(started.elapsed() < Duration::from_secs(12), "{:?}", started.elapsed());
+    // Not the minute that a client has for the rest of a session that has ended.
+    tokio::time::timeout(Duration::from_secs(40), ended).await.expect("the gateway does not end");
     drop(client);
 }
 
