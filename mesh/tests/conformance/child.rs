@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use oc_mesh::store::{SharedStore, Txn, open};
+use oc_mesh::{
+    membership::DEFAULT_TTL,
+    store::{SharedStore, Txn, open},
+};
 
 use super::fixture::{next, put, put_under};
 
@@ -128,9 +131,10 @@ async fn answer(store: SharedStore) {
     }
 }
 
-/// Holds a key under a short lease.
+/// Holds a key under a lease as members have it: short enough to be waited for, and not lost where the machine stands
+/// still for a while.
 async fn member(store: SharedStore) {
-    let lease = store.grant_lease(Duration::from_secs(2)).await.unwrap();
+    let lease = store.grant_lease(DEFAULT_TTL).await.unwrap();
     let then = vec![put_under(lease, "member/child")];
     store.txn(Txn { compare: vec![], then }).await.unwrap();
     say("member");

@@ -10,7 +10,10 @@ use oc_mesh::{
 use oc_proto::mesh::HostRecord;
 use tokio_util::sync::CancellationToken;
 
-use super::fixture::{Fixture, committed, next, put_under, within};
+use super::{
+    fixture::{Fixture, committed, next, put_under, within},
+    leases::leased,
+};
 
 async fn write_host(store: &SharedStore, id: &str) {
     let host = HostRecord { host_id: id.into(), ..HostRecord::default() };
@@ -26,8 +29,7 @@ async fn calls_watches_views_and_leases_outlive_a_restart_of_the_server() {
     write_host(&store, "one").await;
     let lease = store.grant_lease(Duration::from_secs(600)).await.unwrap();
     committed(fixture.txn(vec![], vec![put_under(lease, "leased")]).await);
-    let short = store.grant_lease(Duration::from_secs(2)).await.unwrap();
-    committed(fixture.txn(vec![], vec![put_under(short, "short")]).await);
+    leased(&fixture, |short| vec![put_under(short, "short")]).await;
     let cancel = CancellationToken::new();
     let view = View::<HostRecord>::start(store.clone(), keys::HOSTS, cancel.clone()).await.unwrap();
     let mut watch = store.watch("key", fixture.revision().await).await.unwrap();

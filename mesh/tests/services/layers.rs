@@ -3,25 +3,33 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use http_body_util::BodyExt as _;
-use oc_mesh::{layers::trace::TraceContext, serve::Serve, telemetry};
+use oc_mesh::{channel::ClientChannel, layers::trace::TraceContext, serve::Serve, telemetry};
 use tonic::{Code, service::Routes};
 use tower::ServiceExt as _;
 
 use crate::{
-    slow::{Slow, call, channel, on_socket, request, run},
+    slow::{Running, Slow, call, channel, on_socket, request, run},
     until, within,
 };
+
+/// A channel that has made its first call, so that the deadline of the next one is not spent on connecting.
+async fn connected(running: &Running) -> ClientChannel {
+    let channel = channel(running);
+    assert_eq!(call(&channel, request("Headers")).await.unwrap().code, Code::Ok);
+    channel
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_ends_at_its_deadline_and_so_does_its_work() {
     let directory = tempfile::tempdir().unwrap();
     let slow = Slow::default();
     let running = run(on_socket(&directory.path().join("a.sock"), Routes::new(slow.clone()))).await.unwrap();
+    let channel = connected(&running).await;
     let mut asked = request("Run");
-    asked.headers_mut().insert("grpc-timeout", "100m".parse().unwrap());
-    let ended = call(&channel(&running), asked).await.unwrap();
+    asked.headers_mut().insert("grpc-timeout", "2S".parse().unwrap());
+    let ended = call(&channel, asked).await.unwrap();
     assert_eq!((ended.code, ended.reason.as_deref()), (Code::DeadlineExceeded, Some("DEADLINE_EXCEEDED")));
-    slow.0.left(1).await;
+    slow.0.left(2).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -29,9 +37,10 @@ async fn a_stream_that_never_pauses_ends_at_its_deadline() {
     let directory = tempfile::tempdir().unwrap();
     let slow = Slow::default();
     let running = run(on_socket(&directory.path().join("a.sock"), Routes::new(slow.clone()))).await.unwrap();
+    let channel = connected(&running).await;
     let mut asked = request("Flood");
-    asked.headers_mut().insert("grpc-timeout", "200m".parse().unwrap());
-    let mut stream = channel(&running).oneshot(asked).await.unwrap().into_body();
+    asked.headers_mut().insert("grpc-timeout", "2S".parse().unwrap());
+    let mut stream = channel.oneshot(asked).await.unwrap().into_body();
     let trailers = within("the end", async {
         loop {
             if let Ok(trailers) = stream.frame().await.unwrap().unwrap().into_trailers() {
@@ -41,7 +50,7 @@ async fn a_stream_that_never_pauses_ends_at_its_deadline() {
     })
     .await;
     assert_eq!(tonic::Status::from_header_map(&trailers).unwrap().code(), Code::DeadlineExceeded);
-    slow.0.left(1).await;
+    slow.0.left(2).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -12,12 +12,10 @@ use oc_proto::mesh::{CheckpointEntry, CheckpointIndex, CheckpointRecord};
 use tokio::sync::watch;
 
 use super::{index, shown};
-use crate::{ledger::LedgerError, random, refusal::Refusal};
+use crate::{ledger::LedgerError, random, refusal::Refusal, sandboxes::CATCH_UP};
 
 /// How often a change is tried from what is stored by then.
 const ATTEMPTS: u32 = 12;
-/// How long a list waits for its copy of the records to show what this process has answered.
-const CATCH_UP: Duration = Duration::from_secs(1);
 
 /// The records.
 #[derive(Clone, Debug)]
