@@ -2,12 +2,13 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Command, Output, Stdio},
 };
 
 use serde_json::Value;
+
+use crate::fake::shell::{script, text};
 
 /// As `oc-vmm-agent doctor` prints it: proto3 JSON.
 const REPORT: &str = r#"{
@@ -23,10 +24,8 @@ const REPORT: &str = r#"{
   "version": "0.1.0"
 }"#;
 
-fn agent(directory: &Path, script: &str) {
-    let path = directory.join("oc-vmm-agent");
-    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+fn agent(directory: &Path, body: &str) {
+    script(&directory.join("oc-vmm-agent"), body);
 }
 
 /// An agent that writes down what it is told, and knows these VMMs to be ready.
@@ -46,10 +45,6 @@ fn doctor(directory: &Path, more: &[&str]) -> Output {
         .stdin(Stdio::null())
         .output()
         .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 #[test]
@@ -94,9 +89,9 @@ fn a_machine_that_runs_none_is_told_by_the_exit_code() {
 #[test]
 fn a_program_that_does_not_look_is_named() {
     let directory = tempfile::tempdir().unwrap();
-    let refused = |script: Option<&str>| {
-        if let Some(script) = script {
-            agent(directory.path(), script);
+    let refused = |body: Option<&str>| {
+        if let Some(body) = body {
+            agent(directory.path(), body);
         }
         let output = doctor(directory.path(), &["--json"]);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()));

@@ -167,8 +167,10 @@ fn a_shell_that_is_left_can_be_come_back_to() {
     typist.types(b"\x11");
     typist.sees("come back with `oc shell sb-1 --attach s1`");
     assert_eq!(typist.ends().code(), Some(0));
+    // It is left without an answer where that does not come soon.
+    shell.mesh.until("it is told that we go", |state| state.sessions.all[0].detached == 1);
     shell.mesh.session("s1", |session| {
-        assert_eq!((session.stdin.as_slice(), session.detached), (b"a".as_slice(), 1));
+        assert_eq!(session.stdin, b"a");
         assert!(session.signals.is_empty());
     });
     let mut typist = Typist::new(&shell, "shell sb-1 --attach s1");
@@ -186,7 +188,7 @@ fn the_terminal_is_put_back_whatever_ends_us() {
     typist.sees("$ ");
     signal(&typist.child, Signal::SIGTERM);
     assert_eq!(typist.ends().code(), Some(143));
-    shell.mesh.session("s1", |session| assert_eq!(session.signals, [15]));
+    shell.mesh.until("it is told", |state| state.sessions.all[0].signals == [15]);
 
     let mut typist = Typist::new(&shell, "exec -it sb-1 -- shell");
     typist.sees("$ ");
@@ -212,8 +214,9 @@ fn a_terminal_that_is_closed_hangs_the_shell_up_unless_it_is_to_be_kept() {
         drop(master);
         signal(&child, Signal::SIGHUP);
         assert_eq!(child.wait().unwrap().code(), Some(129));
-        shell.mesh.session(&format!("s{count}"), |session| {
-            assert_eq!((&session.signals, session.detached), (&signals, detached), "{flag}");
+        shell.mesh.until(&format!("it is told{flag}"), |state| {
+            let session = &state.sessions.all[count - 1];
+            (&session.signals, session.detached) == (&signals, detached)
         });
     }
 }

@@ -1,6 +1,8 @@
 //! Commands as a shell runs them.
 
 use std::{
+    io::Write as _,
+    path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
@@ -79,6 +81,21 @@ fn signals_caught(pid: Pid) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
     u64::from_str_radix(mask.trim(), 16).unwrap()
+}
+
+/// Makes a program of a script.
+///
+/// It is never open for writing in this process: another test's child would have that too until it is what it is to be,
+/// and what is open for writing cannot be run.
+pub fn script(path: &Path, body: &str) {
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    write!(install.stdin.take().unwrap(), "#!/bin/sh\n{body}\n").unwrap();
+    assert!(install.wait().unwrap().success());
 }
 
 /// What a command wrote.
