@@ -1,4 +1,4 @@
-use std::{future::Future, net::SocketAddr};
+use std::future::Future;
 
 use futures_util::{StreamExt as _, stream};
 use http_body::Frame;
@@ -10,7 +10,7 @@ use oc_proto::v1::{
 use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpListener,
+    net::{TcpListener, TcpSocket},
     sync::mpsc,
     task::JoinHandle,
 };
@@ -196,10 +196,10 @@ async fn it_listens_on_either_address() {
 
 #[tokio::test]
 async fn what_cannot_be_connected_says_why() {
-    let nobody = {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        SocketAddr::port(&listener.local_addr().unwrap())
-    };
+    // Bound by a socket that does not listen, so that it becomes nobody else's.
+    let bound = TcpSocket::new_v4().unwrap();
+    bound.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let nobody = bound.local_addr().unwrap().port();
     let ports = Ports::default();
     let mut client = client(&ports);
     let refused = open(&mut client, nobody).await.unwrap_err();

@@ -143,7 +143,7 @@ impl Host {
 /// A directory with what tests need of a machine.
 #[cfg(test)]
 pub mod made_up {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::io::Write as _;
 
     use fs_err as fs;
 
@@ -174,10 +174,18 @@ pub mod made_up {
 
         /// Puts a program there that is a shell script.
         pub fn program(&self, name: &str, script: &str) {
-            let path = format!("bin/{name}");
-            self.write(&path, &format!("#!/bin/sh\n{script}\n"));
-            let mode = std::fs::Permissions::from_mode(0o755);
-            fs::set_permissions(self.root.path().join(path), mode).unwrap();
+            let path = self.root.path().join("bin").join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            // Never open for writing in this process: another test's child may have that until it is what it is to be, and
+            // what is open for writing cannot be run.
+            let mut install = std::process::Command::new("install")
+                .args(["-m", "755", "/dev/stdin"])
+                .arg(path)
+                .stdin(Stdio::piped())
+                .spawn()
+                .unwrap();
+            write!(install.stdin.take().unwrap(), "#!/bin/sh\n{script}\n").unwrap();
+            assert!(install.wait().unwrap().success());
         }
 
         /// Where it is.

@@ -83,7 +83,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
-        tokio::time::timeout(Duration::from_secs(5), async {
+        tokio::time::timeout(Duration::from_secs(60), async {
             while !console.tail().ends_with("line 1999") {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }

@@ -18,6 +18,7 @@ const PART: u64 = 4;
 /// Bytes of a page of the host.
 const PAGE: usize = 4096;
 
+/// What all captures of this agent hold together.
 static TAKEN: AtomicU64 = AtomicU64::new(0);
 
 /// Room for pages, and those that are in it.
@@ -27,6 +28,7 @@ pub struct Held {
     runs: Vec<Run>,
     /// What is taken of the room that all captures share.
     taken: u64,
+    all_taken: &'static AtomicU64,
 }
 
 impl Held {
@@ -34,11 +36,11 @@ impl Held {
     /// paused.
     pub fn reserve(bytes: u64) -> Self {
         let available = capacity::memory_available_mb().unwrap_or_default() << 20;
-        Self::reserve_of(bytes, available / PART)
+        Self::reserve_of(bytes, available / PART, &TAKEN)
     }
 
-    /// As [`Held::reserve`], with at most `bound`.
-    fn reserve_of(bytes: u64, bound: u64) -> Self {
+    /// As [`Held::reserve`], with at most `bound`, of what those share that count together.
+    fn reserve_of(bytes: u64, bound: u64, all_taken: &'static AtomicU64) -> Self {
         let wanted = (bytes + bytes / 4).min(bound);
         let mut taken = 0;
         let grant = |before: u64| {
@@ -46,14 +48,14 @@ impl Held {
             Some(before + taken)
         };
         // Never fails: there is always an answer.
-        let _ = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grant);
+        let _ = all_taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grant);
         // At most MAX.
         let mut buffer = vec![0; taken as usize];
         for page in buffer.chunks_mut(PAGE) {
             // The kernel gives a page when it is written to, and not before.
             std::hint::black_box(&mut page[0]).clone_from(&1);
         }
-        Self { buffer, runs: Vec::new(), taken }
+        Self { buffer, runs: Vec::new(), taken, all_taken }
     }
 
     /// Takes as many of the pages `runs` of `memory` as there is room for; returns those that are left.
@@ -106,7 +108,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        TAKEN.fetch_sub(self.taken, Ordering::Relaxed);
+        self.all_taken.fetch_sub(self.taken, Ordering::Relaxed);
     }
 }
 
@@ -117,19 +119,19 @@ mod tests {
     #[test]
     fn there_is_an_end_to_what_is_held() {
         const LITTLE: u64 = 1 << 20;
-        let bounded = Held::reserve_of(MAX, LITTLE);
+        static TAKEN: AtomicU64 = AtomicU64::new(0);
+        let reserve = |bytes| Held::reserve_of(bytes, LITTLE, &TAKEN);
+        let bounded = reserve(MAX);
         assert_eq!(bounded.buffer.len() as u64, LITTLE);
         // Somebody holds nearly all that there may be.
         let others = MAX - LITTLE - 4096;
         TAKEN.fetch_add(others, Ordering::Relaxed);
-        let last = Held::reserve_of(LITTLE, LITTLE);
+        let last = reserve(LITTLE);
         assert_eq!(last.buffer.len(), 4096, "what is left of it");
-        assert!(
-            Held::reserve_of(4096, LITTLE).buffer.is_empty(),
-            "it is written while the VM is paused instead"
-        );
+        assert!(reserve(4096).buffer.is_empty(), "it is written while the VM is paused instead");
         drop(bounded);
-        assert_eq!(Held::reserve_of(4096, LITTLE).buffer.len(), 4096 + 1024);
-        TAKEN.fetch_sub(others, Ordering::Relaxed);
+        assert_eq!(reserve(4096).buffer.len(), 4096 + 1024);
+        drop(last);
+        assert_eq!(TAKEN.load(Ordering::Relaxed), others, "each gives back what it took");
     }
 }

@@ -1,10 +1,6 @@
 //! The whole agent on a socket, with a record store, as the mesh sees it; and what is left when it is told to clean up.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use clap::Parser as _;
 use oc_mesh::{channel::Channels, error::reason_of, keys, record, store};
@@ -170,9 +166,8 @@ async fn attached_streams_do_not_hold_up_an_agent_that_stops() {
         assert!(events.message().await.unwrap().is_some());
         watches.push(events);
     }
-    let stopping = Instant::now();
     agent.stop().await;
-    assert!(stopping.elapsed() < Duration::from_secs(5), "{:?}", stopping.elapsed());
+    // If they had been waited for, they would have ended without a reason, broken off with their connections.
     for mut events in watches {
         assert_eq!(reason_of(&events.message().await.unwrap_err()).unwrap(), "HOST_UNAVAILABLE");
     }

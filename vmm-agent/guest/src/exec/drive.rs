@@ -292,20 +292,31 @@ mod tests {
         // One that never stops writing neither.
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("pid");
-        let script = format!("(while :; do echo y; done) & echo $! > {}", file.display());
+        let line = "y".repeat(1000);
+        let script = format!("(while :; do echo {line}; done) & echo $! > {}", file.display());
         result(&start(&script, None, 1 << 16, Limits::default())).await;
         let pid = std::fs::read_to_string(file).unwrap();
         let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        // It may have noticed already that nobody reads.
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
     }
 
     #[tokio::test]
     async fn a_session_ends_when_its_time_is_over_or_nobody_is_left() {
-        let limits = Limits { time: Some(Duration::from_millis(50)), ..Limits::default() };
-        let timed = start("echo out; sleep 1000", None, 1 << 20, limits);
-        let (code, out, err) = result(&timed).await;
-        assert_eq!((code, out.as_str()), (-1, "out\n"));
-        assert!(err.contains("timeout"), "{err}");
+        // However long the shell takes to come as far as its first line.
+        let mut time = Duration::from_millis(50);
+        loop {
+            let limits = Limits { time: Some(time), ..Limits::default() };
+            let (code, out, err) = result(&start("echo out; sleep 1000", None, 1 << 20, limits)).await;
+            assert_eq!(code, -1);
+            assert!(err.contains("timeout"), "{err}");
+            if out == "out\n" {
+                break;
+            }
+            assert_eq!(out, "");
+            time *= 2;
+            assert!(time < Duration::from_secs(15), "a shell that says nothing");
+        }
         let limits = Limits { alone: Some(Duration::from_millis(50)), ..Limits::default() };
         assert_eq!(result(&start("sleep 1000", None, 1 << 20, limits)).await.0, 137);
     }
@@ -318,7 +329,6 @@ mod tests {
             1 << 20,
             Limits::default(),
         );
-        session.write("typed\n".into()).await.unwrap();
         let shown = async |wanted: &str| {
             timeout(Duration::from_secs(20), async {
                 loop {
@@ -335,6 +345,8 @@ mod tests {
             .unwrap();
         };
         shown("33 101\r\nxterm-256color\r\n").await;
+        // Not before, as its echo would be amid that.
+        session.write("typed\n".into()).await.unwrap();
         shown("got typed\r\n").await;
         shown("ready").await;
         session.resize(Size::parse(TerminalSize { cols: 77, rows: 22 }).unwrap()).unwrap();
