@@ -63,10 +63,13 @@ impl EtcdServer {
     ///
     /// If it does not start.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
-        if !self.launch().await? {
-            bail!("etcd did not start again");
+        for _ in 0..ATTEMPTS {
+            // Clients that try to come back may have a port of its for a moment.
+            if self.launch().await? {
+                return Ok(());
+            }
         }
-        Ok(())
+        bail!("etcd did not start again in {ATTEMPTS} attempts");
     }
 
     /// Whether it came up.

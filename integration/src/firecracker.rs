@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::ErrorKind,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{
@@ -256,7 +257,10 @@ impl Vm<'_> {
         if let (Some((_, network)), Some(number)) = (&self.bed.network, self.home.network().unwrap()) {
             network.release(number).await.unwrap();
         }
-        fs::remove_dir_all(self.home.dir()).unwrap();
+        // What a launch was about when it was given up may still be put there.
+        while let Err(error) = fs::remove_dir_all(self.home.dir()) {
+            assert_eq!(error.kind(), ErrorKind::DirectoryNotEmpty, "{error}");
+        }
         for pid in pids {
             assert!(!Path::new(&format!("/proc/{pid}/exe")).exists(), "process {pid} is left");
         }

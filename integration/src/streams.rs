@@ -9,7 +9,7 @@ use oc_proto::v1::{
     exec_service_client::ExecServiceClient,
 };
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -74,6 +74,15 @@ pub struct Outcome {
     pub exit: ExecExit,
     /// How often we had to come back.
     pub returns: usize,
+}
+
+/// How far whoever follows a session is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    /// How often it was cut off.
+    pub returns: usize,
+    /// The bytes of output that it has read.
+    pub offset: u64,
 }
 
 impl Sessions {
@@ -176,7 +185,23 @@ impl Sessions {
     ///
     /// If a byte is missing or comes twice, or it does not go on for a long time.
     pub async fn follow(&self, session_id: &str, stdin: &[u8], pieces: &[usize]) -> anyhow::Result<Outcome> {
+        self.follow_and_tell(session_id, stdin, pieces, &watch::Sender::default()).await
+    }
+
+    /// As [`Self::follow`], and tells how far it is.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub async fn follow_and_tell(
+        &self,
+        session_id: &str,
+        stdin: &[u8],
+        pieces: &[usize],
+        progress: &watch::Sender<Progress>,
+    ) -> anyhow::Result<Outcome> {
         let mut follower = Follower {
+            progress: progress.clone(),
             outcome: Outcome::default(),
             offset: 0,
             stdin: stdin.to_owned(),
@@ -191,6 +216,7 @@ impl Sessions {
                     Ok(()) => return Ok(follower.outcome),
                     Err(broken) => {
                         follower.outcome.returns += 1;
+                        follower.tell();
                         broken
                     }
                 },
@@ -210,6 +236,7 @@ impl Sessions {
 }
 
 struct Follower {
+    progress: watch::Sender<Progress>,
     outcome: Outcome,
     offset: u64,
     stdin: Vec<u8>,
@@ -218,6 +245,10 @@ struct Follower {
 }
 
 impl Follower {
+    fn tell(&self) {
+        self.progress.send_replace(Progress { returns: self.outcome.returns, offset: self.offset });
+    }
+
     fn start(&self, session_id: &str) -> AttachStart {
         AttachStart {
             offset: self.offset,
@@ -270,6 +301,7 @@ impl Follower {
                 Event::Output(output) => {
                     ensure!(output.offset == self.offset, "{} for {}", output.offset, self.offset);
                     self.offset += output.data.len() as u64;
+                    self.tell();
                     match output.stream() {
                         ExecStream::Stderr => self.outcome.stderr.extend_from_slice(&output.data),
                         _ => self.outcome.stdout.extend_from_slice(&output.data),

@@ -76,7 +76,11 @@ pub async fn a_checkpoint_outlives_its_host(_: Arc<()>) -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    let verified = first.rest().post(&format!("{at}/verify"), json!({})).await?.expect(200)?.json();
+    let verify = format!("{at}/verify");
+    // The agent may not be back yet.
+    let verified =
+        eventually("it is whole", async || first.rest().post(&verify, json!({})).await?.expect(200));
+    let verified = verified.await?.json();
     assert!(verified["verifiedBytes"].as_i64() > Some(24 << 20), "{verified}");
     assert!(verified["uploadedBytes"].as_i64() > Some(24 << 20), "{verified}");
 

@@ -3,9 +3,9 @@
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::{FileExt as _, PermissionsExt as _},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use oc_integration::prepared;
@@ -95,9 +95,16 @@ async fn what_is_missing_is_named() {
 /// A program of this name that does as the `script` says.
 fn program(dir: &Path, name: &str, script: &str) -> PathBuf {
     let path = dir.join(name);
-    let mut file = fs::File::create(&path).unwrap();
-    writeln!(file, "#!/bin/sh\n{script}").unwrap();
-    file.set_permissions(fs::Permissions::from_mode(0o755)).unwrap();
+    // Never open for writing in this process: another test's child may have that until it is what it is to be, and what is
+    // open for writing cannot be run.
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(&path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    write!(install.stdin.take().unwrap(), "#!/bin/sh\n{script}\n").unwrap();
+    assert!(install.wait().unwrap().success());
     path
 }
 

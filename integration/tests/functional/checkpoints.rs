@@ -4,7 +4,6 @@ use std::{
     collections::HashSet,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, ensure};
@@ -20,7 +19,7 @@ use oc_integration::{
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::hibernation::{check_disk, rounds, start_writers, verify_writers};
+use crate::hibernation::{self, check_disk, rounds, start_writers, verify_writers};
 
 /// Checkpoints of everything that a sandbox may have.
 const MAX_FULL: usize = 10;
@@ -131,9 +130,7 @@ pub async fn a_checkpoint_is_gone_back_to_and_branched_from(mesh: Arc<Mesh>) -> 
         for secret in ["cat /etc/machine-id", "head -c 16 /dev/urandom | od -An -tx1", boot_id] {
             assert!(seen.insert(child.run(secret).await?), "two have the same: {secret}");
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
-        let theirs: f64 = child.run("date +%s.%N").await?.trim().parse()?;
-        assert!((theirs - now).abs() < 2.0, "its clock says {theirs} at {now}");
+        hibernation::knows_the_time(child).await?;
         child.run(&format!("echo {number} > file; echo {number} > /dev/shm/mine")).await?;
     }
     for (number, child) in live.iter().enumerate() {
@@ -251,11 +248,10 @@ pub async fn forks_share_what_none_of_them_changed(mesh: Arc<Mesh>) -> anyhow::R
     sandbox
         .run(&format!("head -c {CHANGED_MIB}M /dev/urandom > /dev/shm/much; md5sum < /dev/shm/much > sum"))
         .await?;
-    let before: HashSet<i32> = processes::vmms(mesh.state()).iter().map(|vmm| vmm.pid).collect();
     let forks = fork(&rest, &sandbox.path("/fork"), json!({ "count": 4, "mode": "live" })).await?;
-    // Of the forks, or of the pool: those are smaller still.
     let vmms: Vec<i32> =
-        processes::vmms(mesh.state()).iter().map(|vmm| vmm.pid).filter(|pid| !before.contains(pid)).collect();
+        forks.iter().filter_map(|fork| Some(processes::vmm_of(mesh.state(), &fork.id)?.pid)).collect();
+    assert_eq!(vmms.len(), forks.len());
     for child in &forks {
         assert_eq!(child.run("md5sum < /dev/shm/much | cmp - sum && echo same").await?, "same\n");
     }

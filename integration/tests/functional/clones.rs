@@ -1,13 +1,11 @@
 //! Sandboxes are clones of one snapshot, and must not show it.
 
-use std::{
-    collections::HashSet,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::HashSet, sync::Arc};
 
 use oc_integration::mesh::Mesh;
 use serde_json::json;
+
+use crate::hibernation;
 
 pub async fn clones_are_strangers_to_each_other(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     // Of the pool, and more than the pool holds: both ways to make a clone.
@@ -41,11 +39,6 @@ pub async fn clones_are_strangers_to_each_other(mesh: Arc<Mesh>) -> anyhow::Resu
 
 pub async fn a_clone_knows_the_time(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     let sandbox = mesh.rest().create(json!({})).await?;
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
-    let before = now();
-    let guest: f64 = sandbox.run("date +%s.%N").await?.trim().parse()?;
-    let after = now();
-    // Between question and answer, give or take what a clock may be off.
-    assert!((before - 0.5..=after + 0.5).contains(&guest), "{guest} is not between {before} and {after}");
+    hibernation::knows_the_time(&sandbox).await?;
     sandbox.delete().await
 }

@@ -2,8 +2,11 @@
 
 use std::{fs, os::unix::fs::MetadataExt as _, path::PathBuf, sync::Arc};
 
-use anyhow::Context as _;
-use oc_integration::{mesh::Mesh, processes};
+use anyhow::{Context as _, ensure};
+use oc_integration::{
+    mesh::{Mesh, eventually},
+    processes,
+};
 use serde_json::json;
 
 /// User IDs of VMMs begin here (vmm-agent/src/driver/home.rs).
@@ -84,8 +87,11 @@ pub async fn nothing_secret_is_logged(mesh: Arc<Mesh>) -> anyhow::Result<()> {
             assert!(!text.contains(secret), "{} has a secret", path.display());
         }
     }
-    let gateway = fs::read_to_string(mesh.state().join("log/gateway.log"))?;
-    assert!(gateway.contains(&sandbox.id), "requests are logged with their sandbox");
+    eventually("requests are logged with their sandbox", async || {
+        ensure!(fs::read_to_string(mesh.state().join("log/gateway.log"))?.contains(&sandbox.id));
+        Ok(())
+    })
+    .await?;
     // The key is kept for its owner alone, and the store knows its hash only.
     assert_eq!(fs::metadata(mesh.state().join("api-key"))?.mode() & 0o777, 0o600);
     for file in ["store.db", "store.db-wal"] {

@@ -28,15 +28,26 @@ use crate::{checkpoints, hibernation::hibernate};
 /// Where guests ask for names (vmm-agent/src/network/plan.rs).
 const DNS: &str = "198.18.0.53";
 
-/// Who the world sees when a sandbox connects to `address`, or that it does not come through.
+/// How long it is waited for what must not come through, seconds; and for what must.
+const IMPATIENT: u32 = 5;
+const PATIENT: u32 = 50;
+
+/// Who the world sees when a sandbox connects to `address`, which it must not come through to.
 async fn reach(sandbox: &Sandbox, address: &str) -> anyhow::Result<String> {
-    reach_port(sandbox, address, PORT).await
+    reach_port(sandbox, address, PORT, IMPATIENT).await
 }
 
-async fn reach_port(sandbox: &Sandbox, address: &str, port: u16) -> anyhow::Result<String> {
+/// As [`reach`], where it must.
+async fn reaches(sandbox: &Sandbox, address: &str) -> anyhow::Result<String> {
+    reach_port(sandbox, address, PORT, PATIENT).await
+}
+
+async fn reach_port(sandbox: &Sandbox, address: &str, port: u16, seconds: u32) -> anyhow::Result<String> {
+    // Whoever takes the connection and says nothing is open, too.
+    let reading = seconds - 1;
     let script = format!(
-        "timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} || exit 1; read -t 4 -r from <&3; echo ${{from:-open}}' 2>/dev/null \
-         || echo shut"
+        "timeout {seconds} bash -c 'exec 3<>/dev/tcp/{address}/{port} || exit 1; read -t {reading} -r from <&3; echo ${{from:-open}}' \
+         2>/dev/null || echo shut"
     );
     Ok(sandbox.run(&script).await?.trim().to_owned())
 }
@@ -156,9 +167,9 @@ pub async fn a_sandbox_reaches_the_world_and_goes_on_to(_: Arc<Mesh>) -> anyhow:
 }
 
 async fn reaches_all(world: &World, sandbox: &Sandbox) -> anyhow::Result<()> {
-    assert_eq!(reach(sandbox, &world.public).await?, world.public_of_host, "the world sees the host");
-    assert_ne!(reach(sandbox, &world.excepted).await?, "shut");
-    assert_ne!(reach(sandbox, &world.excepted6).await?, "shut");
+    assert_eq!(reaches(sandbox, &world.public).await?, world.public_of_host, "the world sees the host");
+    assert_ne!(reaches(sandbox, &world.excepted).await?, "shut");
+    assert_ne!(reaches(sandbox, &world.excepted6).await?, "shut");
     assert_eq!(reach(sandbox, &world.private).await?, "shut");
     Ok(())
 }
@@ -177,7 +188,7 @@ pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::
         closed.push(rest.create(json!({ "timeout": 0, "egress": "none" })).await?);
     }
     let open = rest.create(json!({ "timeout": 0 })).await?;
-    assert_eq!(reach(&open, &world.public).await?, world.public_of_host);
+    assert_eq!(reaches(&open, &world.public).await?, world.public_of_host);
     let checkpoint = checkpoints::checkpoint(&rest, &closed[0], json!({ "name": "it" })).await?;
     for body in [json!({ "mode": "live" }), json!({})] {
         closed.extend(checkpoints::fork(&rest, &checkpoints::of(&checkpoint, "/fork"), body).await?);
@@ -188,7 +199,7 @@ pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::
         for address in [&world.public, &world.excepted] {
             assert_eq!(reach(sandbox, address).await?, "shut", "{address}");
         }
-        assert_eq!(reach_port(sandbox, DNS, 53).await?, "shut");
+        assert_eq!(reach_port(sandbox, DNS, 53, IMPATIENT).await?, "shut");
         assert_eq!(
             sandbox.run("ping -c 1 -W 3 198.18.0.1 > /dev/null && echo up").await?,
             "up\n",
@@ -268,8 +279,8 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     let services = TcpListener::bind("[::]:0")?;
     let service = services.local_addr()?.port();
     let gateway: u16 = mesh.url.rsplit(':').next().context("a port")?.parse()?;
-    assert_eq!(reach(&hostile, &world.public).await?, world.public_of_host, "it does reach the world");
-    assert_ne!(reach(&hostile, &world.excepted6).await?, "shut", "by IPv6, too");
+    assert_eq!(reaches(&hostile, &world.public).await?, world.public_of_host, "it does reach the world");
+    assert_ne!(reaches(&hostile, &world.excepted6).await?, "shut", "by IPv6, too");
 
     // No service of this host by any of its addresses, of which one is of the internet and one beside what is excepted.
     let addresses = addresses_of_host(&world)?;
@@ -324,8 +335,8 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     let forged: Vec<_> =
         world.datagrams().into_iter().filter(|(_, text)| text.starts_with(b"forged")).collect();
     assert!(forged.is_empty(), "{forged:?}");
-    assert_eq!(reach(&hostile, &world.public).await?, world.public_of_host, "its way is as it was");
-    assert_eq!(reach(&other, &world.public).await?, world.public_of_host, "and so is the other's");
+    assert_eq!(reaches(&hostile, &world.public).await?, world.public_of_host, "its way is as it was");
+    assert_eq!(reaches(&other, &world.public).await?, world.public_of_host, "and so is the other's");
 
     // No more than its share: a megabyte each second.
     let script =
@@ -346,7 +357,7 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     .await?;
     assert_eq!(reach(&hostile, &world.public).await?, "shut", "one more is too many");
     assert!(crowd() <= 64, "{} conversations", crowd());
-    assert_eq!(reach(&other, &world.public).await?, world.public_of_host, "the other has its own share");
+    assert_eq!(reaches(&other, &world.public).await?, world.public_of_host, "the other has its own share");
     mesh.stop()
 }
 
@@ -399,7 +410,7 @@ pub async fn two_meshes_of_one_machine_do_not_meet(_: Arc<Mesh>) -> anyhow::Resu
         between.extend([format!("fdb7:1e5c:c00:1::{number:x}"), format!("fdb7:1e5c:c00:2::{number:x}")]);
     }
     for (sandbox, port) in sandboxes.iter().zip([8002, 8001]) {
-        assert_eq!(reach(sandbox, &world.public).await?, world.public_of_host);
+        assert_eq!(reaches(sandbox, &world.public).await?, world.public_of_host);
         let targets: Vec<_> = between.iter().map(|address| (address.clone(), port)).collect();
         let found = scan(sandbox, &targets).await?;
         assert!(found.is_empty(), "it reaches {found:?}");
@@ -407,9 +418,9 @@ pub async fn two_meshes_of_one_machine_do_not_meet(_: Arc<Mesh>) -> anyhow::Resu
     // What one mesh leaves takes nothing of the other.
     let [first, second] = meshes;
     first.stop()?;
-    assert_eq!(reach(&sandboxes[1], &world.public).await?, world.public_of_host);
+    assert_eq!(reaches(&sandboxes[1], &world.public).await?, world.public_of_host);
     let another = second.rest().create(json!({})).await?;
-    assert_eq!(reach(&another, &world.public).await?, world.public_of_host);
+    assert_eq!(reaches(&another, &world.public).await?, world.public_of_host);
     second.stop()
 }
 

@@ -120,7 +120,7 @@ pub async fn a_port_of_a_sandbox_is_one_of_this_machine(mesh: Arc<Mesh>) -> anyh
     let sandbox = mesh.rest().create(json!({})).await?;
     sandbox.put("echo.py", ECHO).await?.expect(204)?;
     let listens = "nohup python3 echo.py > log 2>&1 &
-        for _ in $(seq 100); do (: < /dev/tcp/127.0.0.1/3000) 2> /dev/null && exit 0; sleep 0.1; done; cat log; exit 1";
+        for _ in $(seq 400); do (: < /dev/tcp/127.0.0.1/3000) 2> /dev/null && exit 0; sleep 0.1; done; cat log; exit 1";
     sandbox.run(&format!("bash -c '{listens}'")).await?;
     let (forwarding, addresses) = Forwarding::to(&mesh, &sandbox, &[3000, 3001])?;
     let [echo, nobody] = &addresses[..] else { bail!("{addresses:?}") };

@@ -15,8 +15,8 @@ import { chromium } from "playwright-core";
 
 const { OC_URL: url, OC_SANDBOX: sandboxID, OC_TOKEN: token, OC_DESCRIPTORS, OC_BROWSER, OC_SCREENSHOT } = process.env;
 // Milliseconds: for anything, and for all together.
-const PATIENCE = 60_000;
-const ALL_PATIENCE = 300_000;
+const PATIENCE = 120_000;
+const ALL_PATIENCE = 600_000;
 const LINES = 200;
 const HERE = dirname(fileURLToPath(import.meta.url));
 const PACKAGES = dirname(dirname(fileURLToPath(import.meta.resolve("playwright-core/package.json"))));
@@ -76,6 +76,22 @@ class Screen {
   }
 }
 
+/** Waits until a program has the terminal. */
+async function is_in_front(program) {
+  const deadline = Date.now() + PATIENCE;
+  for (;;) {
+    const answer = await fetch(`${url}/api/sandboxes/${sandboxID}/exec/run`, {
+      method: "POST",
+      headers: { Authorization: `Bearer ${token}`, "Content-Type": "application/json" },
+      body: JSON.stringify({ cmd: `ps -o stat= -C ${program} | grep -q '^S.*+'` }),
+    });
+    assert.equal(answer.status, 200);
+    if ((await answer.json()).exitCode === 0) return;
+    assert(Date.now() < deadline, `${program} does not run`);
+    await sleep(100);
+  }
+}
+
 /** A shell that does what is typed. */
 async function answers_what_is_typed(screen) {
   await screen.until("a prompt", (lines) => lines.some((line) => line.trim()));
@@ -89,7 +105,8 @@ async function answers_what_is_typed(screen) {
   await screen.shows("✓ eßüRg");
   await screen.types("sleep 300");
   await screen.until("sleep", (lines) => lines.some((line) => line.endsWith("sleep 300")));
-  await sleep(300);
+  // Before the shell has handed the terminal over, a Ctrl-C would be its own.
+  await is_in_front("sleep");
   await screen.page.keyboard.press("Control+C");
   await screen.types("echo 'back at'; tty");
   await screen.shows("back at");
@@ -161,13 +178,13 @@ async function has_all_of_it(screen) {
 
 async function main() {
   const address = await serve();
-  const browser = await chromium.launch({ executablePath: OC_BROWSER, args: ["--no-sandbox", "--disable-gpu"] });
+  const browser = await chromium.launch({ executablePath: OC_BROWSER, args: ["--no-sandbox", "--disable-gpu"], timeout: PATIENCE });
   const page = await browser.newPage();
   const screen = new Screen(page);
   const problems = [];
   page.on("pageerror", (error) => problems.push(error));
   try {
-    await page.goto(address);
+    await page.goto(address, { timeout: PATIENCE });
     await page.waitForFunction(() => window.begin, undefined, { timeout: PATIENCE });
     await page.evaluate((place) => window.begin(place), { url, sandboxID, token });
     const steps = {

@@ -169,14 +169,14 @@ const CHECKS = {
   },
 
   async a_command_that_takes_too_long_is_ended(sandbox) {
-    const ran = await sandbox.exec.run("echo begun; sleep 30", { timeout: 1 });
+    const ran = await sandbox.exec.run("echo begun; sleep 30", { timeout: 5 });
     equal([ran.exitCode, ran.stdout], [-1, "begun\n"]);
     const quick = await sandbox.exec.run("sleep 30", { timeout: 1, timeoutMs: 20_000 });
     equal(quick.exitCode, -1);
   },
 
   async a_command_outlives_who_waits_for_it(sandbox) {
-    const late = await sandbox.exec.run("echo begun; sleep 2; echo done; exit 6", { timeoutMs: 600 }).catch((e) => e);
+    const late = await sandbox.exec.run("echo begun; sleep 8; echo done; exit 6", { timeoutMs: 600 }).catch((e) => e);
     assert(late instanceof ExecTimeoutError, inspect(late));
     const seen = new Watcher();
     const session = await sandbox.exec.attach(late.execId, seen.callbacks);
@@ -216,7 +216,7 @@ const CHECKS = {
 
   async a_client_that_comes_later_is_shown_what_it_missed(sandbox) {
     const [first, second, third] = [new Watcher(), new Watcher(), new Watcher()];
-    const count = "for i in $(seq 1 60); do echo line $i; sleep 0.05; done; read line";
+    const count = "seq -f 'line %g' 5; read go; seq -f 'line %g' 6 60; read line";
     const session = await sandbox.exec.background("sh", { args: ["-c", count], ...first.callbacks });
     await first.sees("line 5\n");
     const other = await sandbox.exec.attach(session.sessionId, second.callbacks);
@@ -224,6 +224,7 @@ const CHECKS = {
     assert(second.replayed.includes("line 5\n") && !second.replayed.includes("line 60\n"), second.replayed);
     // One that goes disturbs neither the process nor the other.
     session.close();
+    other.sendStdin("go\n");
     await second.sees("line 60\n");
     equal(second.out, lines(60));
     const last = await sandbox.exec.attach(session.sessionId, third.callbacks);
@@ -322,7 +323,9 @@ const CHECKS = {
     pty.send(new TextEncoder().encode("stty size\n"));
     await screen.sees("50 132\r\n");
     pty.send("sleep 300; echo 'not '$((1 + 1))\n");
-    await sleep(300);
+    // Before the shell has handed the terminal over, a Ctrl-C would be its own.
+    const inFront = () => sandbox.exec.run("ps -o stat= -C sleep | grep -q '^S.*+'");
+    await until(async () => (await inFront()).exitCode === 0, () => "sleep does not run");
     pty.send("\x03");
     pty.send("echo still $((1 + 2))\n");
     await screen.sees("still 3\r\n");
