@@ -105,6 +105,11 @@ impl Previews {
         let before = self.of(tenant, sandbox_id).await?;
         with(&before, wanted, "", SystemTime::UNIX_EPOCH)?;
         if let Some(domain) = &wanted.domain {
+            let is_anothers =
+                |entry: &PreviewEntry| entry.port != u32::from(wanted.port) && entry.domain == *domain;
+            if before.previews.iter().any(is_anothers) {
+                return Err(Refusal::DomainTaken);
+            }
             self.claim(domain, sandbox_id).await?;
         }
         let id = sandbox_id::random(PREFIX).map_err(|error| Refusal::Internal(error.to_string()))?;

@@ -117,7 +117,8 @@ async fn a_host_name_is_one_sandboxs_until_that_gives_it_up() {
     bed.create("acme", &first, 80, "app.example").await.unwrap();
     bed.pass(2 * CLAIM_KEPT);
     assert_eq!(bed.create("other", &second, 80, "app.example").await.unwrap_err(), Reason::DomainTaken);
-    // Another port of the same sandbox may not have it either way; the same one may ask again.
+    // Another port of the same sandbox may not have it either; the same one may ask again.
+    assert_eq!(bed.create("acme", &first, 81, "app.example").await.unwrap_err(), Reason::DomainTaken);
     assert!(bed.create("acme", &first, 80, "app.example").await.unwrap().1);
 
     // Another name in its place releases it.
