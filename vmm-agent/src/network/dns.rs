@@ -1,4 +1,5 @@
-//! Names for guests: questions are passed on to the host's resolvers, unread (docs/decisions/0017).
+//! Names for guests: questions are passed on to the host's resolvers (docs/decisions/0017), as they are, but nothing else: a
+//! resolver may let the machine that it is asked from read whole zones, and change them.
 //!
 //! The sockets that guests reach are in the agent's own namespace, those that reach the resolvers in the host's, so a
 //! resolver on the host's loopback or in its private network serves guests which can reach neither. Who is asked is read
@@ -15,7 +16,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{
-    io::copy_bidirectional,
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
     net::{TcpListener, TcpStream, UdpSocket},
     time::{sleep, timeout},
 };
@@ -65,7 +66,8 @@ pub async fn serve((datagrams, streams): (StdSocket, StdListener), resolv_conf: 
         tokio::select! {
             received = datagrams.recv_from(&mut buffer) => {
                 let Ok((length, from)) = received else { continue };
-                let Some(place) = waiting.enter(from.ip()).filter(|_| length >= LEAST) else { continue };
+                let place = is_question(&buffer[..length]).then(|| waiting.enter(from.ip()));
+                let Some(place) = place.flatten() else { continue };
                 let (question, datagrams) = (buffer[..length].to_vec(), datagrams.clone());
                 let resolvers = resolvers.now();
                 tasks.spawn(async move {
@@ -126,14 +128,60 @@ async fn ask_one(question: &[u8], resolver: IpAddr) -> io::Result<Vec<u8>> {
     }
 }
 
-async fn talk(mut guest: TcpStream, resolvers: &[IpAddr]) -> io::Result<()> {
+async fn talk(guest: TcpStream, resolvers: &[IpAddr]) -> io::Result<()> {
     for &resolver in resolvers {
         let connected = timeout(ANSWERS_WITHIN, TcpStream::connect(SocketAddr::new(resolver, PORT))).await;
-        if let Ok(Ok(mut resolver)) = connected {
-            return copy_bidirectional(&mut guest, &mut resolver).await.map(drop);
+        if let Ok(Ok(resolver)) = connected {
+            return pass_on(guest, resolver).await;
         }
     }
     Ok(())
+}
+
+/// Passes on questions, each behind its length (RFC 1035, 4.2.2), and whatever is answered.
+async fn pass_on(mut guest: TcpStream, mut resolver: TcpStream) -> io::Result<()> {
+    let (mut from_guest, mut to_guest) = guest.split();
+    let (mut from_resolver, mut to_resolver) = resolver.split();
+    let asking = async {
+        let mut message = Vec::new();
+        // It may end before a question, and not in one.
+        while let Ok(length) = from_guest.read_u16().await {
+            message.resize(usize::from(length), 0);
+            from_guest.read_exact(&mut message).await?;
+            if !is_question(&message) {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            to_resolver.write_all(&[&length.to_be_bytes()[..], &message].concat()).await?;
+        }
+        to_resolver.shutdown().await
+    };
+    let answering = async {
+        copy(&mut from_resolver, &mut to_guest).await?;
+        to_guest.shutdown().await
+    };
+    tokio::try_join!(asking, answering).map(drop)
+}
+
+/// Whether a message asks for one name, and not for a whole zone.
+fn is_question(message: &[u8]) -> bool {
+    /// IXFR and AXFR (RFC 1995, RFC 5936).
+    const ZONES: [u16; 2] = [251, 252];
+    let number = |at: usize| Some(u16::from_be_bytes(message.get(at..at + 2)?.try_into().ok()?));
+    let is_one = || {
+        // No answer, and of the opcodes QUERY; one question (RFC 1035, 4.1.1).
+        (message.get(2)? & 0xf8 == 0 && number(4)? == 1).then_some(())?;
+        let mut at = LEAST;
+        loop {
+            match *message.get(at)? {
+                0 => break,
+                label @ 1..64 => at += usize::from(label) + 1,
+                // Nothing is in front of it that it could point to.
+                64.. => return None,
+            }
+        }
+        Some(!ZONES.contains(&number(at + 1)?))
+    };
+    is_one().unwrap_or(false)
 }
 
 /// How many questions wait, by who has asked.
@@ -219,6 +267,79 @@ mod tests {
         let wanted: Vec<IpAddr> = ["127.0.0.53", "fd00::1", "1.1.1.1"].map(|ip| ip.parse().unwrap()).into();
         assert_eq!(parse(text), wanted);
         assert_eq!(parse(""), [IpAddr::from(Ipv4Addr::LOCALHOST)]);
+    }
+
+    /// Asks for a name's records of this type, with these flags.
+    fn question(name: &[&str], kind: u16, flags: u16) -> Vec<u8> {
+        let mut message = vec![7, 7];
+        for number in [flags, 1, 0, 0, 0] {
+            message.extend(number.to_be_bytes());
+        }
+        for label in name {
+            message.push(u8::try_from(label.len()).unwrap());
+            message.extend(label.as_bytes());
+        }
+        message.push(0);
+        message.extend(kind.to_be_bytes());
+        message.extend([0, 1]);
+        message
+    }
+
+    const WANTED: u16 = 0x0100;
+
+    #[test]
+    fn questions_for_names_are_passed_on_and_nothing_else() {
+        let name = &["world", "test"][..];
+        assert!(is_question(&question(name, 1, WANTED)));
+        assert!(is_question(&question(&[], 2, 0)), "the root's name servers");
+        // With what is behind the question, as EDNS is.
+        assert!(is_question(&[question(name, 28, 0x0120), vec![0; 11]].concat()));
+        for (kind, flags) in [(252, WANTED), (251, 0), (1, 0x8180), (6, 0x2000), (6, 0x2800)] {
+            assert!(!is_question(&question(name, kind, flags)), "{kind} {flags:x}");
+        }
+        let whole = question(name, 1, WANTED);
+        for short in 0..whole.len() - 2 {
+            assert!(!is_question(&whole[..short]), "{short} bytes");
+        }
+        let mut two = whole.clone();
+        two[5] = 2;
+        assert!(!is_question(&two));
+        let mut points = whole;
+        points[LEAST] = 0xc0;
+        assert!(!is_question(&points));
+    }
+
+    #[tokio::test]
+    async fn a_conversation_is_passed_on_until_it_asks_for_more() {
+        async fn pair() -> (TcpStream, TcpStream) {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
+            (near.unwrap(), far.unwrap().0)
+        }
+        let framed =
+            |message: &[u8]| [&u16::try_from(message.len()).unwrap().to_be_bytes()[..], message].concat();
+        for (kind, is_passed) in [(28, true), (252, false)] {
+            let ((mut guest, near), (far, mut resolver)) = (pair().await, pair().await);
+            let passing = tokio::spawn(pass_on(near, far));
+            let first = framed(&question(&["a"], 1, WANTED));
+            guest.write_all(&first).await.unwrap();
+            let mut asked = vec![0; first.len()];
+            resolver.read_exact(&mut asked).await.unwrap();
+            assert_eq!(asked, first);
+            resolver.write_all(b"whatever").await.unwrap();
+            let mut answer = [0; 8];
+            guest.read_exact(&mut answer).await.unwrap();
+            assert_eq!(&answer, b"whatever");
+            let second = framed(&question(&["b"], kind, WANTED));
+            guest.write_all(&second).await.unwrap();
+            guest.shutdown().await.unwrap();
+            let mut asked = Vec::new();
+            resolver.read_to_end(&mut asked).await.unwrap();
+            assert_eq!(asked, if is_passed { second } else { Vec::new() });
+            drop(resolver);
+            assert_eq!(passing.await.unwrap().is_ok(), is_passed);
+        }
     }
 
     #[test]
