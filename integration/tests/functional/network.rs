@@ -266,6 +266,34 @@ for number in range(300):
     one.close()
 ";
 
+/// A port of this host that leads on to the private address of a world, until it is dropped.
+struct Published {
+    port: u16,
+    table: String,
+}
+
+impl Published {
+    fn by(world: &World) -> anyhow::Result<Self> {
+        let published = Self { port: 9, table: world.name.clone() };
+        let Self { port, table } = &published;
+        let rule =
+            format!("ip daddr {} tcp dport {port} dnat to {}:{PORT}", world.public_of_host, world.private);
+        let rules = format!(
+            "table ip {table} {{ chain lead {{ type nat hook prerouting priority dstnat; {rule}; }} }}"
+        );
+        let mut nft = Command::new("nft");
+        nft.arg(rules);
+        succeeded(nft)?;
+        Ok(published)
+    }
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        let _ = Command::new("nft").args(["delete", "table", "ip", &self.table]).status();
+    }
+}
+
 pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) -> anyhow::Result<()> {
     let world = World::make()?;
     let (four, six) = (format!("{}/32", world.excepted), format!("{}/128", world.excepted6));
@@ -289,6 +317,9 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     for address in addresses {
         targets.extend([(address.clone(), service), (address, gateway)]);
     }
+    // Nor what the host only leads on to: somebody private, by a port of its own as containers have them.
+    let published = Published::by(&world)?;
+    targets.push((world.public_of_host.clone(), published.port));
     // No other sandbox, by the addresses that lead to it where it is; nothing of what is between.
     for address in ["198.19.0.2", "198.19.0.3", "198.19.0.5", "198.19.0.7", "198.19.0.9", "198.18.0.2"] {
         targets.push((address.into(), 8000));

@@ -26,7 +26,7 @@ const NOT_THE_INTERNET: &str = "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/
 const NOT_THE_INTERNET6: &str = "::/3, 2001::/23, 2001:db8::/32, 2002::/16, 3fff::/20, 4000::/2, 8000::/1";
 /// New connections of a VM each second.
 const NEW_PER_SECOND: u32 = 500;
-/// Questions for names of a VM each second.
+/// Questions for names of a VM each second, by UDP.
 const NAMES_PER_SECOND: u32 = 200;
 
 /// The filter of a VM's namespace.
@@ -63,12 +63,14 @@ table inet oc {{
         type filter hook forward priority filter; policy drop;
         iifname "{TAP}" {rate}
         oifname "{TAP}" {rate}
+        # Before what is known already: who has had one answer asks by the same conversation.
+        iifname "{TAP}" ip daddr @resolvers udp dport 53 limit rate over {NAMES_PER_SECOND}/second burst {NAMES_PER_SECOND} packets counter drop
         ct state invalid drop
         ct state established,related accept
         iifname != "{TAP}" drop
         limit rate over {NEW_PER_SECOND}/second burst {NEW_PER_SECOND} packets counter drop
         ct count over {connections} counter drop
-        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 limit rate {NAMES_PER_SECOND}/second burst {NAMES_PER_SECOND} packets accept
+        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
         ip daddr != @egress4 counter reject with icmpx admin-prohibited
         ip6 daddr != @egress6 counter reject with icmpx admin-prohibited
         ip daddr @allowed4 accept
@@ -167,6 +169,8 @@ table inet {table} {{
     }}
     chain forward {{
         type filter hook forward priority filter - 5; policy accept;
+        # What the host leads on to somewhere else, as a port of a container, is a service of the host, too.
+        iifname "{link}" ct status dnat counter drop
         iifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
         oifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
         oifname "{link}" ct state established,related accept
@@ -261,6 +265,50 @@ mod tests {
             assert!(listed("allowed4").contains("10.1.2.0/24"), "the rest is as it was");
         };
         thread::spawn(in_its_namespace).join().unwrap();
+    }
+
+    #[test]
+    fn what_is_not_the_internet_is_denied() {
+        let denied: Vec<IpNet> = format!("{NOT_THE_INTERNET}, {NOT_THE_INTERNET6}")
+            .split(", ")
+            .map(|net| net.parse().unwrap())
+            .collect();
+        let is_denied = |address: &str| {
+            let address: std::net::IpAddr = address.parse().unwrap();
+            denied.iter().any(|net| net.contains(&address))
+        };
+        for address in [
+            "0.0.0.0",
+            "10.255.0.1",
+            "100.64.0.1",
+            "127.0.0.1",
+            // Where clouds tell a machine its secrets.
+            "169.254.169.254",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.168.0.1",
+            "198.18.0.53",
+            "224.0.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::a9fe:a9fe",
+            "2001::1",
+            "2001:db8::1",
+            "2002:a9fe:a9fe::1",
+            "fd00:ec2::254",
+            "fe80::1",
+            "fec0::1",
+            "ff02::1",
+        ] {
+            assert!(is_denied(address), "{address}");
+        }
+        for address in ["1.1.1.1", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00::1", "2001:4860::1"]
+        {
+            assert!(!is_denied(address), "{address}");
+        }
     }
 
     #[test]
