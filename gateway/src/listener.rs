@@ -1,13 +1,14 @@
 //! The listener: HTTP/1.1 and HTTP/2, with TLS or without, on one port, with limits on everything that a peer can make large
 //! or slow.
 //!
-//! In reading order: each connection gets one of the [`workers`]; [`sniff`] tells the two versions apart; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
+//! In reading order: each connection gets one of the [`workers`]; [`sniff`] tells the two versions apart, or TLS does, and [`preface`] bounds the beginning of HTTP/2; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
 //! [`head`] and [`chunks`] before hyper does, and puts [`short`] answers together; the [`leftover`] of a body that nobody wants is thrown away.
 
 pub mod chunks;
 pub mod gate;
 pub mod head;
 pub mod leftover;
+mod preface;
 pub mod short;
 mod sniff;
 pub mod workers;
@@ -33,6 +34,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     gate::Gate,
+    preface::Preface,
     sniff::Protocol,
     workers::{Workers, turn},
 };
@@ -268,7 +270,7 @@ impl Connection {
                     .keep_alive_interval(PING)
                     .keep_alive_timeout(PING)
                     .enable_connect_protocol()
-                    .serve_connection(TokioIo::new(io), service);
+                    .serve_connection(TokioIo::new(Preface::new(io, self.limits.header_timeout)), service);
                 self.watcher.watch(connection).await
             }
         };

@@ -5,7 +5,10 @@ use std::{io, time::Duration};
 use tokio::net::TcpStream;
 
 /// What every HTTP/2 connection begins with (RFC 9113, 3.4). No request of HTTP/1.1 does.
-const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Between two looks at a beginning of which a part is there.
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
 /// How a peer speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +25,7 @@ pub enum Protocol {
 /// The connection ended before it began.
 pub async fn protocol(stream: &TcpStream) -> io::Result<Protocol> {
     let mut first = [0; PREFACE.len()];
+    let mut pause = Duration::from_millis(1);
     loop {
         stream.readable().await?;
         let length = match stream.peek(&mut first).await? {
@@ -35,6 +39,7 @@ pub async fn protocol(stream: &TcpStream) -> io::Result<Protocol> {
             return Ok(Protocol::Http2);
         }
         // A part of it: a peek does not take what is there, so there is no event to wait for.
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(LONGEST_PAUSE);
     }
 }

@@ -1,6 +1,6 @@
 //! All that the gateway speaks, by TLS.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{Request, header::CONTENT_TYPE};
@@ -13,7 +13,10 @@ use oc_gateway::{
 use oc_proto::v1::GetSandboxRequest;
 use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
 use rustls_pki_types::{CertificateDer, ServerName};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest as _};
 use tonic::body::Body;
@@ -23,6 +26,7 @@ use crate::{
     http2::Http2,
     mesh::{Mesh, SANDBOX},
     ports::Server,
+    websocket::PATIENCE,
 };
 
 /// A mesh, and the same gateway by TLS.
@@ -36,6 +40,10 @@ struct Bed {
 
 impl Bed {
     async fn new() -> Self {
+        Self::with(Limits::default()).await
+    }
+
+    async fn with(limits: Limits) -> Self {
         let mut mesh = Mesh::start().await;
         let directory = mesh.directory.path().to_owned();
         let write = |stem: &str, names: &[&str]| {
@@ -59,7 +67,7 @@ impl Bed {
         let app = Arc::clone(&mesh.app);
         let stop = mesh.stop.clone();
         let workers = Workers::start().unwrap();
-        mesh.tasks.spawn(listener::serve(listener, Some(tls), app, Limits::default(), workers, stop));
+        mesh.tasks.spawn(listener::serve(listener, Some(tls), app, limits, workers, stop));
         let mut roots = RootCertStore::empty();
         for certificate in [&default, &own] {
             roots.add(certificate.clone()).unwrap();
@@ -79,6 +87,18 @@ impl Bed {
         let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
         assert_eq!(stream.get_ref().1.alpn_protocol(), Some(protocol.as_bytes()));
         stream
+    }
+}
+
+#[tokio::test]
+async fn who_says_nothing_by_tls_is_hung_up_on() {
+    let limits = Limits { header_timeout: Duration::from_millis(300), ..Limits::default() };
+    let bed = Bed::with(limits).await;
+    for (protocol, beginning) in [("h2", ""), ("h2", "PRI * HT"), ("http/1.1", ""), ("http/1.1", "GET /")] {
+        let mut stream = bed.connect("localhost", protocol).await;
+        stream.write_all(beginning.as_bytes()).await.unwrap();
+        let ended = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await;
+        assert!(ended.is_ok(), "{protocol} goes on after {beginning:?}");
     }
 }
 
