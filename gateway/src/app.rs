@@ -6,7 +6,7 @@ use http::{
     HeaderValue, Method, Request, Response, StatusCode, Version,
     header::{CONTENT_TYPE, RETRY_AFTER},
 };
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use ipnet::IpNet;
 use oc_mesh::{
     caller::Caller,
@@ -37,6 +37,9 @@ use crate::{
     upstream::Upstreams,
     ws::{self, WebSockets},
 };
+
+/// An answer of no more bytes than this is ready as a whole, unless it is a port's.
+const SHORT: u64 = 64 << 10;
 
 /// Everything that answers requests.
 #[derive(Debug)]
@@ -185,14 +188,25 @@ impl App {
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
             metrics::counter!("oc_gateway_shed_total").increment(1);
             let error = status(Reason::Overloaded, "the gateway is answering as many requests as it can");
-            let response =
-                if grpc::is_call(request.headers()) { error.into_http() } else { answer::error(&error) };
+            let response = if place.is_some() {
+                preview::proxy::refuse(&exchange, &error, request.headers())
+            } else if grpc::is_call(request.headers()) {
+                error.into_http()
+            } else {
+                answer::error(&error)
+            };
             return ending.follow(response, None);
         };
+        let is_of_port = place.is_some();
         let response = if let Some(place) = place {
             let response = preview::proxy::serve(&self, &exchange, place, request, &peer).await;
             if is_http1 && response.status().is_client_error() | response.status().is_server_error() {
-                leftover.discard(self.linger).await;
+                if response.extensions().get::<preview::proxy::OfPort>().is_some() {
+                    // The port may still be reading it.
+                    leftover.discard_later(self.linger);
+                } else {
+                    leftover.discard(self.linger).await;
+                }
             }
             response
         } else if grpc::is_call(request.headers()) {
@@ -211,7 +225,9 @@ impl App {
             }
             cors::allow(response, origin)
         };
-        ending.follow(response, Some(permit))
+        // Who does not take what is ready, as by HTTP/2 without a window, keeps nobody else from being answered.
+        let is_ready = !is_of_port && response.body().size_hint().exact().is_some_and(|bytes| bytes <= SHORT);
+        ending.follow(response, (!is_ready).then_some(permit))
     }
 
     /// Answers what is no request.

@@ -17,6 +17,7 @@ pub mod proxy;
 pub mod streamed;
 pub mod token;
 pub mod tunnel;
+mod watched;
 pub mod websocket;
 
 use std::{net::IpAddr, time::Duration};

@@ -44,16 +44,31 @@ impl Leftover {
     pub async fn discard(self, within: Duration) {
         let Some(back) = self.0 else { return };
         let _ = tokio::time::timeout(within, async {
-            let Ok(mut body) = back.await else { return };
-            let mut discarded = 0;
-            while let Some(Ok(frame)) = body.frame().await {
-                discarded += frame.data_ref().map_or(0, Bytes::len);
-                if discarded > MAX_BYTES {
-                    return;
-                }
+            if let Ok(body) = back.await {
+                drain(body).await;
             }
         })
         .await;
+    }
+
+    /// Does so once its reader has let go of it, whenever that is, and keeps nobody waiting.
+    pub fn discard_later(self, within: Duration) {
+        let Some(back) = self.0 else { return };
+        tokio::spawn(async move {
+            if let Ok(body) = back.await {
+                let _ = tokio::time::timeout(within, drain(body)).await;
+            }
+        });
+    }
+}
+
+async fn drain(mut body: Incoming) {
+    let mut discarded = 0;
+    while let Some(Ok(frame)) = body.frame().await {
+        discarded += frame.data_ref().map_or(0, Bytes::len);
+        if discarded > MAX_BYTES {
+            return;
+        }
     }
 }
 

@@ -4,8 +4,8 @@
 use http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{
-        CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
-        TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+        CONNECTION, COOKIE, EXPECT, Entry, FORWARDED, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
+        SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
     },
 };
 
@@ -46,29 +46,67 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
 }
 
 /// A request's headers as the port gets them. `authority` is the host that it named.
-pub fn to_port(
-    headers: &mut HeaderMap,
-    authority: &HeaderValue,
-    peer: &Peer,
-    request_id: HeaderValue,
-    has_body: bool,
-) {
+pub fn to_port(headers: &mut HeaderMap, authority: &HeaderValue, peer: &Peer, request_id: HeaderValue) {
     remove_hop_by_hop(headers);
-    // Its body is asked for at once, and sent with a length of its own.
+    // Its body is asked for at once.
     headers.remove(EXPECT);
-    if !has_body {
-        headers.remove(CONTENT_LENGTH);
-    }
     join_cookies(headers);
     let way = Way::here(headers, authority, peer);
     headers.remove(FORWARDED);
     headers.remove(REAL_IP);
+    remove_made_up(headers, peer);
     headers.insert(HOST, authority.clone());
     headers.insert(REQUEST_ID, request_id);
     headers.insert(FORWARDED_FOR, way.addresses);
     headers.insert(FORWARDED_PROTO, way.scheme);
     headers.insert(FORWARDED_HOST, way.host);
     headers.insert(FORWARDED_PORT, way.port);
+}
+
+/// Takes out what a client says of its own way: of those names that proxies give, all that we do not give ourselves. Those
+/// with an underscore mean the same to a program that gets its headers as variables (RFC 3875, 4.1.18), and come from nobody else.
+fn remove_made_up(headers: &mut HeaderMap, peer: &Peer) {
+    let is_made_up = |name: &HeaderName| {
+        let name = name.as_str().as_bytes();
+        let is_of_proxies = |prefix: &[u8]| {
+            name.len() >= prefix.len()
+                && name.iter().zip(prefix).all(|(byte, of)| byte == of || (*byte == b'_' && *of == b'-'))
+        };
+        (is_of_proxies(b"x-forwarded-") || is_of_proxies(b"x-real-ip"))
+            && (!peer.is_trusted || name.contains(&b'_'))
+    };
+    if headers.keys().any(is_made_up) {
+        let made_up: Vec<HeaderName> = headers.keys().filter(|name| is_made_up(name)).cloned().collect();
+        for name in made_up {
+            headers.remove(name);
+        }
+    }
+}
+
+/// Takes out of the cookies that a port sets for which other hosts they are: those are other sandboxes', or the gateway's.
+/// `authority` is the host that was asked for.
+pub fn keep_cookies_here(headers: &mut HeaderMap, authority: &HeaderValue) {
+    let Entry::Occupied(mut entry) = headers.entry(SET_COOKIE) else { return };
+    let host = authority.as_bytes().split(|byte| *byte == b':').next().unwrap_or_default();
+    for value in entry.iter_mut() {
+        let is_elsewhere = |part: &[u8]| {
+            let mut sides = part.splitn(2, |byte| *byte == b'=').map(<[u8]>::trim_ascii);
+            let (name, domain) = (sides.next().unwrap_or_default(), sides.next().unwrap_or_default());
+            let domain = domain.strip_prefix(b".").unwrap_or(domain);
+            name.eq_ignore_ascii_case(b"domain") && !domain.eq_ignore_ascii_case(host)
+        };
+        let mut parts = value.as_bytes().split(|byte| *byte == b';');
+        // What comes first is the cookie itself.
+        let cookie = parts.next().unwrap_or_default();
+        if !parts.clone().any(is_elsewhere) {
+            continue;
+        }
+        let kept: Vec<&[u8]> =
+            std::iter::once(cookie).chain(parts.filter(|part| !is_elsewhere(part))).collect();
+        if let Ok(kept) = HeaderValue::from_bytes(&kept.join(&b';')) {
+            *value = kept;
+        }
+    }
 }
 
 /// Puts cookies that came in several fields, as HTTP/2 has them, into the one that HTTP/1.1 has (RFC 9113, 8.2.3).
@@ -173,13 +211,17 @@ mod tests {
             ("forwarded", "for=10.0.0.1"),
             ("x-real-ip", "10.0.0.1"),
             ("x-forwarded-port", "1"),
+            ("x-forwarded-user", "root"),
+            ("x_forwarded_for", "10.0.0.1"),
+            ("x-real_ip", "10.0.0.1"),
             ("expect", "100-continue"),
             ("content-length", "0"),
         ]);
         let peer = Peer::new("192.0.2.1".parse().unwrap(), true, false);
         let request_id = HeaderValue::from_static("r-1");
-        to_port(&mut given, &HeaderValue::from_static("a.example:8443"), &peer, request_id, false);
+        to_port(&mut given, &HeaderValue::from_static("a.example:8443"), &peer, request_id);
         let expected = headers(&[
+            ("content-length", "0"),
             ("host", "a.example:8443"),
             ("x-request-id", "r-1"),
             ("x-forwarded-for", "192.0.2.1"),
@@ -191,12 +233,32 @@ mod tests {
     }
 
     #[test]
+    fn a_port_sets_cookies_for_its_own_host_alone() {
+        let mut given = headers(&[
+            ("set-cookie", "a=b; Path=/; Domain=preview.localhost; HttpOnly"),
+            ("set-cookie", "c=domain=x;domain=.LOCALHOST"),
+            ("set-cookie", "d=e; Domain=.SB-1-p80.preview.localhost; Secure"),
+            ("set-cookie", "f=g; HttpOnly"),
+            ("x", "domain=preview.localhost"),
+        ]);
+        keep_cookies_here(&mut given, &HeaderValue::from_static("sb-1-p80.preview.localhost:8080"));
+        let expected = headers(&[
+            ("set-cookie", "a=b; Path=/; HttpOnly"),
+            ("set-cookie", "c=domain=x"),
+            ("set-cookie", "d=e; Domain=.SB-1-p80.preview.localhost; Secure"),
+            ("set-cookie", "f=g; HttpOnly"),
+            ("x", "domain=preview.localhost"),
+        ]);
+        assert_eq!(given, expected);
+    }
+
+    #[test]
     fn cookies_become_one_field() {
         let mut given =
             headers(&[("cookie", "a=b"), ("cookie", "c=d; e=f"), ("accept", "x"), ("accept", "y")]);
         let (peer, request_id) =
             (Peer::new("192.0.2.1".parse().unwrap(), true, false), HeaderValue::from_static("r-1"));
-        to_port(&mut given, &HeaderValue::from_static("a.example"), &peer, request_id, false);
+        to_port(&mut given, &HeaderValue::from_static("a.example"), &peer, request_id);
         let all =
             |name: &str| given.get_all(name).iter().map(|value| value.to_str().unwrap()).collect::<Vec<_>>();
         assert_eq!((all("cookie"), all("accept")), (vec!["a=b; c=d; e=f"], vec!["x", "y"]));
@@ -207,7 +269,7 @@ mod tests {
         let peer = Peer::new("10.0.0.2".parse().unwrap(), false, true);
         let forwarded = |pairs: &[_]| {
             let (mut given, request_id) = (headers(pairs), HeaderValue::from_static("r-1"));
-            to_port(&mut given, &HeaderValue::from_static("a.example"), &peer, request_id, false);
+            to_port(&mut given, &HeaderValue::from_static("a.example"), &peer, request_id);
             ["for", "proto", "host", "port"]
                 .map(|what| given[&format!("x-forwarded-{what}")].to_str().unwrap().to_owned())
         };

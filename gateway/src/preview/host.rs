@@ -3,7 +3,7 @@
 //! A preview stands behind the same address as the API, so the host name alone decides. What names two hosts, or names its
 //! host in the request's target, is refused: a proxy in front of us may have decided by the other one.
 
-use http::{Method, Request, Version, header::HOST};
+use http::{HeaderValue, Method, Request, Version, header::HOST};
 use oc_mesh::view::View;
 use oc_proto::mesh::PreviewDomain;
 
@@ -33,8 +33,8 @@ pub enum Place {
 /// A request that is for a preview, and could be read in two ways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
-    /// It names no host once.
-    #[error("a request to a preview names its host once, in Host or :authority")]
+    /// It names no host, more than one, or more than a host and a port.
+    #[error("a request to a preview names its host once, in Host or :authority, with a port at most")]
     Host,
     /// It is for a proxy.
     #[error("the target of a request to a preview is a path")]
@@ -73,12 +73,13 @@ impl Hosts {
         let target = request.uri().authority().map(http::uri::Authority::as_str);
         let place = target.into_iter().chain(named()).find_map(|name| self.look_up(name))?;
         let (hosts, path) = (named().count(), request.uri().path());
+        let is_plain = target.into_iter().chain(named()).all(is_plain);
         let checked = if request.version() < Version::HTTP_2 {
             match () {
                 () if target.is_some() || request.method() == Method::CONNECT || !path.starts_with('/') => {
                     Err(Malformed::Target)
                 }
-                () if hosts != 1 => Err(Malformed::Host),
+                () if hosts != 1 || !is_plain => Err(Malformed::Host),
                 () => Ok(place),
             }
         } else {
@@ -86,11 +87,17 @@ impl Hosts {
             let connects = request.method() == Method::CONNECT && handshake::asks(request).is_none();
             match () {
                 () if connects || !path.starts_with('/') => Err(Malformed::Target),
-                () if !agrees => Err(Malformed::Host),
+                () if !agrees || !is_plain => Err(Malformed::Host),
                 () => Ok(place),
             }
         };
         Some(checked)
+    }
+
+    /// Whether a host name stands beside those of other sandboxes: under a domain that is nobody's alone.
+    #[must_use]
+    pub fn is_among_others(&self, authority: &HeaderValue) -> bool {
+        authority.to_str().is_ok_and(|name| matches!(self.look_up(name), Some(Place::Port { .. })))
     }
 
     /// What a host name leads to, if that is a preview.
@@ -121,6 +128,12 @@ fn name_of(authority: &str) -> Option<&str> {
     let host = host.split(':').next()?;
     let host = host.strip_suffix('.').unwrap_or(host);
     (!host.is_empty()).then_some(host)
+}
+
+/// Whether it is no more than `host` or `host:port`.
+fn is_plain(authority: &str) -> bool {
+    let (host, port) = authority.split_once(':').unwrap_or((authority, ""));
+    !host.contains('@') && port.len() <= 5 && port.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// `{sandboxID}-p{port}`.
@@ -211,6 +224,10 @@ mod tests {
         assert_eq!(place(h1, "*", &[own]), Some(Err(Malformed::Target)));
         assert_eq!(place(h1, "/", &[own, own]), Some(Err(Malformed::Host)));
         assert_eq!(place(h1, "/", &[other, own]), Some(Err(Malformed::Host)));
+        for more in [":evil", ":80:80", ":123456"] {
+            assert_eq!(place(h1, "/", &[&format!("{own}{more}")]), Some(Err(Malformed::Host)), "{more}");
+        }
+        assert_eq!(place(h1, "/", &[&format!("user@{own}")]), Some(Err(Malformed::Host)));
         let connect =
             Request::builder().method(Method::CONNECT).uri(format!("{own}:80")).header(HOST, own).body(());
         assert_eq!(hosts.place(&connect.unwrap()), Some(Err(Malformed::Target)));

@@ -8,6 +8,10 @@ use std::{
     fmt,
     future::poll_fn,
     pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     thread::{self, ThreadId},
 };
@@ -23,7 +27,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
-use super::{connection::PortStream, streamed::Upload};
+use super::{connection::PortStream, streamed::Upload, watched::Watched};
 use crate::timer::Timer;
 
 /// Bytes of an answer that are read at once, its head among them.
@@ -36,6 +40,7 @@ pub struct Line {
     sender: SendRequest<Upload>,
     /// What moves bytes; none once it has ended.
     driver: Option<Driver>,
+    has_unsent: Arc<AtomicBool>,
     /// Whose event loop its bytes wake.
     thread: ThreadId,
     late: Timer,
@@ -62,11 +67,12 @@ impl Line {
     /// # Errors
     /// hyper's.
     pub async fn new(stream: PortStream) -> hyper::Result<Self> {
+        let (stream, has_unsent) = Watched::new(stream);
         let (sender, connection) =
             http1::Builder::new().max_buf_size(BUFFER).handshake(TokioIo::new(stream)).await?;
         let driver: Driver = Box::pin(connection.with_upgrades());
         let (driver, thread) = (Some(driver), thread::current().id());
-        Ok(Self { sender, driver, thread, late: Timer::default() })
+        Ok(Self { sender, driver, has_unsent, thread, late: Timer::default() })
     }
 
     /// Whether it was made by this thread: others have to be woken by that one.
@@ -129,6 +135,12 @@ impl Line {
         if let Some(driver) = self.driver.take() {
             let _ = driver.await;
         }
+    }
+
+    /// Whether something that is sent by it has not left, as far as it was driven.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        self.has_unsent.load(Ordering::Relaxed)
     }
 
     /// Whether it is known to have ended.

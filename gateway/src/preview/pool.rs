@@ -1,10 +1,16 @@
 //! Places and connections, sandbox by sandbox.
 //!
 //! A request holds one of its sandbox's places from before it is connected until the end of its answer, so that one sandbox takes
-//! no more than its share of the gateway and of its own host, and waits behind nobody else's. A connection whose answer has
+//! no more than its share of the gateway and of its own host, and waits behind nobody else's; not many more wait. A connection whose answer has
 //! ended is kept for the next request to the same port, for a moment only: an open one counts as use of the sandbox.
 
-use std::{collections::HashMap, sync::Arc, task::Context, time::Duration};
+use std::{
+    collections::HashMap,
+    future::poll_fn,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use futures_util::future::poll_immediate;
 use oc_mesh::error::{Reason, status};
@@ -16,8 +22,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{Limits, line::Line};
+use super::{Limits, line::Line, streamed::Movement};
 
+/// Requests that wait for a place of one sandbox at most: each is one of those that the gateway answers at all.
+const WAITING_PER_SANDBOX: usize = 512;
 /// Connections that a sandbox's requests leave behind at most. With those in use, fewer than a guest has room for.
 const KEPT_PER_SANDBOX: usize = 64;
 /// How often connections that are kept are looked at.
@@ -36,6 +44,7 @@ pub struct Pool {
 #[derive(Debug)]
 struct Shelf {
     places: Arc<Semaphore>,
+    waiting: Semaphore,
     kept: Mutex<Vec<Kept>>,
 }
 
@@ -71,7 +80,7 @@ impl Pool {
     /// A place for a request to a port.
     ///
     /// # Errors
-    /// `OVERLOADED` if the sandbox has none in time.
+    /// `OVERLOADED` if the sandbox has none in time, or too many wait for one.
     pub async fn place(&self, sandbox_id: &str, port: u16) -> Result<Place, Status> {
         let shelf = {
             let mut sandboxes = self.sandboxes.lock();
@@ -79,7 +88,8 @@ impl Pool {
                 Some(shelf) => Arc::clone(shelf),
                 None => {
                     let places = Arc::new(Semaphore::new(self.limits.per_sandbox));
-                    let shelf = Arc::new(Shelf { places, kept: Mutex::default() });
+                    let waiting = Semaphore::new(WAITING_PER_SANDBOX);
+                    let shelf = Arc::new(Shelf { places, waiting, kept: Mutex::default() });
                     sandboxes.insert(sandbox_id.to_owned(), Arc::clone(&shelf));
                     shelf
                 }
@@ -88,10 +98,14 @@ impl Pool {
         if let Ok(permit) = Arc::clone(&shelf.places).try_acquire_owned() {
             return Ok(Place { shelf, port, _permit: permit });
         }
-        match timeout(self.limits.place, Arc::clone(&shelf.places).acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(Place { shelf, port, _permit: permit }),
+        let waited = async {
+            let _waits = shelf.waiting.try_acquire().ok()?;
             // The semaphore is never closed: only time runs out.
-            Ok(Err(_)) | Err(_) => {
+            timeout(self.limits.place, Arc::clone(&shelf.places).acquire_owned()).await.ok()?.ok()
+        };
+        match waited.await {
+            Some(permit) => Ok(Place { shelf, port, _permit: permit }),
+            None => {
                 metrics::counter!("oc_gateway_shed_total").increment(1);
                 Err(status(
                     Reason::Overloaded,
@@ -156,6 +170,20 @@ impl Lease {
         self.line.drive(context);
     }
 
+    /// Goes on with what is sent by the connection until all has left, or has not moved for so long, and gives it back.
+    pub async fn finish(mut self, upload: Movement, patience: Duration) {
+        let sending = poll_fn(|context| {
+            self.line.drive(context);
+            let is_sent = upload.is_over() && !self.line.has_unsent();
+            if is_sent || self.line.has_ended() { Poll::Ready(()) } else { Poll::Pending }
+        });
+        tokio::select! {
+            () = sending => {}
+            () = upload.stopped(patience) => return,
+        }
+        self.give_back();
+    }
+
     /// Keeps the connection for the next request, and frees the place.
     pub fn give_back(self) {
         let Self { place, line } = self;
@@ -167,5 +195,33 @@ impl Lease {
             kept.remove(0);
         }
         kept.push(Kept { port: place.port, line, since: Instant::now() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn some_wait_for_a_place_and_the_others_are_refused_at_once() {
+        let pool =
+            Pool::new(Limits { per_sandbox: 1, place: Duration::from_secs(3600), ..Limits::default() });
+        let held = pool.place("sb-1", 80).await.unwrap();
+        let mut waiting = Vec::new();
+        for _ in 0..WAITING_PER_SANDBOX {
+            let mut place = Box::pin(pool.place("sb-1", 80));
+            assert!(poll_immediate(&mut place).await.is_none(), "it waits");
+            waiting.push(place);
+        }
+        let refused = poll_immediate(pin!(pool.place("sb-1", 81))).await.expect("it waits, too").unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+        // Of another sandbox, and once one of them has gone.
+        pool.place("sb-2", 80).await.unwrap();
+        waiting.pop();
+        assert!(poll_immediate(pin!(pool.place("sb-1", 80))).await.is_none());
+        drop(held);
+        assert!(poll_immediate(&mut waiting[0]).await.is_some(), "who came first has it");
     }
 }

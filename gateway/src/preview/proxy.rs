@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use http::{
-    HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOST, request::Parts,
+    HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version,
+    header::{HOST, SET_COOKIE},
+    request::Parts,
 };
 use http_body::Body as _;
 use hyper::{body::Incoming, client::conn::TrySendError};
@@ -68,6 +70,10 @@ pub fn refuse(exchange: &Exchange, error: &Status, headers: &HeaderMap) -> Respo
     page::answer(error, page::wants_html(headers), exchange.request_id())
 }
 
+/// Marks an error that is a port's own.
+#[derive(Debug, Clone, Copy)]
+pub struct OfPort;
+
 /// A port that a request may be passed on to.
 struct To<'a> {
     app: &'a Arc<App>,
@@ -117,7 +123,7 @@ impl<'a> To<'a> {
         let authority = authority.unwrap_or_else(|| HeaderValue::from_static(""));
         let has_body = !body.is_end_stream();
         let request_id = self.exchange.request_id_header();
-        headers::to_port(&mut parts.headers, &authority, peer, request_id, has_body);
+        headers::to_port(&mut parts.headers, &authority, peer, request_id);
         let room = asks.map(|_| self.app.websockets.place()).transpose()?;
         let opening = asks.map(|asks| Opening::ask(asks, &mut parts));
         parts.uri = target(&parts.uri);
@@ -132,6 +138,9 @@ impl<'a> To<'a> {
         let upload = movement.clone().map_or_else(Upload::empty, |movement| Upload::new(body, movement));
         let request = Request::from_parts(parts, upload);
         let (line, mut answer) = self.send(&place, request, patience, movement.as_ref()).await?;
+        if answer.headers().contains_key(SET_COOKIE) && self.app.previews.hosts.is_among_others(&authority) {
+            headers::keep_cookies_here(answer.headers_mut(), &authority);
+        }
 
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
             let (Some(opening), Some(room), Some(client)) = (opening, room, client) else {
@@ -152,7 +161,11 @@ impl<'a> To<'a> {
         let (mut head, incoming) = answer.into_parts();
         head.version = Version::default();
         head.extensions = http::Extensions::new();
-        Ok(Response::from_parts(head, Body::new(Answer::new(incoming, place.with(line), limits.silence))))
+        if head.status.is_client_error() || head.status.is_server_error() {
+            head.extensions.insert(OfPort);
+        }
+        let answer = Answer::new(incoming, place.with(line), movement, limits.silence);
+        Ok(Response::from_parts(head, Body::new(answer)))
     }
 
     /// Sends a request by a connection that was kept, or by a new one. One that turns out to have been ended by the port while it

@@ -2,7 +2,10 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -19,24 +22,36 @@ use super::pool::Lease;
 
 /// When an exchange last moved.
 #[derive(Debug, Clone)]
-pub struct Movement(Arc<Mutex<Instant>>);
+pub struct Movement(Arc<Moved>);
+
+#[derive(Debug)]
+struct Moved {
+    last: Mutex<Instant>,
+    is_over: AtomicBool,
+}
 
 impl Default for Movement {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())))
+        Self(Arc::new(Moved { last: Mutex::new(Instant::now()), is_over: AtomicBool::new(false) }))
     }
 }
 
 impl Movement {
     /// It moves.
     pub fn note(&self) {
-        *self.0.lock() = Instant::now();
+        *self.0.last.lock() = Instant::now();
     }
 
     /// When it last moved.
     #[must_use]
     pub fn last(&self) -> Instant {
-        *self.0.lock()
+        *self.0.last.lock()
+    }
+
+    /// Whether there is no more of it to come.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.is_over.load(Ordering::Acquire)
     }
 
     /// Waits until it has not moved for so long.
@@ -72,6 +87,15 @@ impl Upload {
     }
 }
 
+impl Drop for Upload {
+    /// Nobody sends any more of it: it is sent, or the connection is gone.
+    fn drop(&mut self) {
+        if let Some(movement) = &self.movement {
+            movement.0.is_over.store(true, Ordering::Release);
+        }
+    }
+}
+
 impl HttpBody for Upload {
     type Data = Bytes;
     type Error = Status;
@@ -96,11 +120,13 @@ impl HttpBody for Upload {
     }
 }
 
-/// An answer's body. Its connection is given back at its end, and ended if that does not come.
+/// An answer's body. Its connection is given back at its end, once what was sent by it has left, and ended if that does not come.
 #[derive(Debug)]
 pub struct Answer {
     inner: Incoming,
     lease: Option<Lease>,
+    /// What is sent meanwhile: a port may answer before it has all, and still wants the rest.
+    upload: Option<Movement>,
     silence: Duration,
     silent: Option<Pin<Box<Sleep>>>,
 }
@@ -108,8 +134,8 @@ pub struct Answer {
 impl Answer {
     /// The body, that ends when it is silent for too long.
     #[must_use]
-    pub fn new(inner: Incoming, lease: Lease, silence: Duration) -> Self {
-        let mut answer = Self { inner, lease: Some(lease), silence, silent: None };
+    pub fn new(inner: Incoming, lease: Lease, upload: Option<Movement>, silence: Duration) -> Self {
+        let mut answer = Self { inner, lease: Some(lease), upload, silence, silent: None };
         if answer.inner.is_end_stream() {
             answer.end();
         }
@@ -117,8 +143,12 @@ impl Answer {
     }
 
     fn end(&mut self) {
-        if let Some(lease) = self.lease.take() {
-            lease.give_back();
+        let Some(lease) = self.lease.take() else { return };
+        match self.upload.take().filter(|upload| !upload.is_over()) {
+            None => lease.give_back(),
+            Some(upload) => {
+                tokio::spawn(lease.finish(upload, self.silence));
+            }
         }
     }
 }

@@ -28,11 +28,14 @@ pub fn check(headers: &mut HeaderMap, hash: &str) -> Result<(), Status> {
     }
     let is_right =
         |token: &[u8]| token.len() <= MAX_TOKEN && hashes_equal(&hex::encode(Sha256::digest(token)), hash);
-    if given.is_some_and(|given| is_right(given.as_bytes())) {
-        return Ok(());
-    }
-    if headers.get(AUTHORIZATION).and_then(|value| bearer(value.as_bytes())).is_some_and(is_right) {
+    let is_given = given.is_some_and(|given| is_right(given.as_bytes()));
+    // Looked at in any case: whoever gives it twice does not give it to the port.
+    let is_bearer =
+        headers.get(AUTHORIZATION).and_then(|value| bearer(value.as_bytes())).is_some_and(is_right);
+    if is_bearer {
         headers.remove(AUTHORIZATION);
+    }
+    if is_given || is_bearer {
         return Ok(());
     }
     Err(status(
@@ -68,6 +71,8 @@ mod tests {
         assert_eq!(left(&[(AUTHORIZATION, "bearer  0123456789abcdef")], &hash), Some(vec![]));
         let both = [(TOKEN, "0123456789abcdef"), (AUTHORIZATION, "Basic eDp5")];
         assert_eq!(left(&both, &hash), Some(vec![AUTHORIZATION]));
+        let twice = [(TOKEN, "0123456789abcdef"), (AUTHORIZATION, "Bearer 0123456789abcdef")];
+        assert_eq!(left(&twice, &hash), Some(vec![]));
         for wrong in [
             vec![],
             vec![(TOKEN, "0123456789abcdeg")],

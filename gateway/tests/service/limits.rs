@@ -1,6 +1,7 @@
 use std::time::Duration;
 
-use http::Method;
+use http::{Method, Request};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use oc_gateway::listener::Limits;
 use serde_json::json;
 use tokio::{
@@ -66,6 +67,25 @@ async fn slow_headers_end_the_connection() {
 }
 
 #[tokio::test]
+async fn what_nobody_takes_keeps_nobody_from_being_answered() {
+    let mesh = Mesh::with_limits(Limits::default(), 2).await;
+    let stream = TcpStream::connect(mesh.address).await.unwrap();
+    let mut http2 = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    // Answers have room for their heads alone.
+    http2.initial_stream_window_size(0);
+    let (mut sender, connection) = http2.handshake(TokioIo::new(stream)).await.unwrap();
+    let mut driver = tokio::task::JoinSet::new();
+    driver.spawn(connection);
+    let mut answers = Vec::new();
+    for _ in 0..6 {
+        let request = Request::get(format!("http://{}/nothing", mesh.address)).body(Body::empty()).unwrap();
+        let answer = tokio::time::timeout(PATIENCE, sender.send_request(request)).await.unwrap().unwrap();
+        assert_eq!(answer.status(), 404);
+        answers.push(answer);
+    }
+}
+
+#[tokio::test]
 async fn hostile_heads_are_refused() {
     let mesh = Mesh::start().await;
     let many = format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(500));
@@ -88,7 +108,7 @@ async fn large_heads_of_http2_are_refused_alone() {
     let mesh = Mesh::start().await;
     let mut client = Http2::over(TcpStream::connect(mesh.address).await.unwrap()).await;
     let url = format!("http://{}/healthz", mesh.address);
-    let large = http::Request::get(&url).header("x", "y".repeat(100 << 10)).body(Body::empty()).unwrap();
+    let large = Request::get(&url).header("x", "y".repeat(100 << 10)).body(Body::empty()).unwrap();
     let answer = tokio::time::timeout(PATIENCE, client.sender.send_request(large)).await.unwrap().unwrap();
     assert_eq!(answer.status(), 431);
     assert_eq!(client.get(&url).await.status, 200);

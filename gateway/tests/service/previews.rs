@@ -1,6 +1,6 @@
 //! Ports of sandboxes by host name, over real sockets on both sides.
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -16,8 +16,11 @@ use oc_proto::{
 use sha2::{Digest as _, Sha256};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    task::JoinHandle,
 };
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest as _};
 use tonic::body::Body;
 
@@ -418,6 +421,83 @@ async fn ports_that_misbehave_are_told_and_none_hangs() {
         // One of HTTP/1.0 ends its answer by its end.
         let (port, _tasks) = says(b"HTTP/1.0 200 OK\r\n\r\nwhole").await;
         assert_eq!(get(&mesh, &host(SANDBOX, port), "/", &[]).await.body, "whole");
+    }
+}
+
+const UPLOADED: usize = 3 << 20;
+
+/// A port that answers as soon as it knows what is asked, and reads the rest then, if it does; the rest.
+async fn hasty(answer: &'static str, reads_on: bool) -> (u16, JoinHandle<usize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let serving = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut read = Vec::new();
+        let body = loop {
+            stream.read_buf(&mut read).await.unwrap();
+            if let Some(end) = read.windows(4).position(|window| window == b"\r\n\r\n") {
+                break end + 4;
+            }
+        };
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        while reads_on && read.len() < body + UPLOADED && stream.read_buf(&mut read).await.unwrap() > 0 {}
+        if !reads_on {
+            std::future::pending::<()>().await;
+        }
+        read.len() - body
+    });
+    (port, serving)
+}
+
+#[tokio::test]
+async fn a_port_may_answer_before_it_has_all() {
+    for mesh in both_ways(|_| ()).await {
+        let (port, serving) = hasty("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", true).await;
+        let name = host(SANDBOX, port);
+        let mut stream = TcpStream::connect(mesh.address).await.unwrap();
+        let head = format!("POST / HTTP/1.1\r\nHost: {name}\r\nContent-Length: {UPLOADED}\r\n\r\nx");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\nok") {
+            let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.unwrap().unwrap();
+            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer));
+        }
+        stream.write_all(&vec![b'x'; UPLOADED - 1]).await.unwrap();
+        assert_eq!(tokio::time::timeout(PATIENCE, serving).await.unwrap().unwrap(), UPLOADED);
+
+        let (port, serving) = hasty("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", true).await;
+        let (sender, receiver) = mpsc::channel::<Result<Frame<Bytes>, Infallible>>(1);
+        let stream = TcpStream::connect(mesh.address).await.unwrap();
+        let mut http2 = Http2::over(stream).await;
+        let body = Body::new(StreamBody::new(ReceiverStream::new(receiver)));
+        let url = format!("http://{}/", host(SANDBOX, port));
+        let asked = Request::post(url).header("content-length", UPLOADED).body(body).unwrap();
+        let answer = collect(http2.sender.send_request(asked).await.unwrap());
+        assert_eq!(tokio::time::timeout(PATIENCE, answer).await.unwrap().body, "ok");
+        for _ in 0..UPLOADED >> 16 {
+            sender.send(Ok(Frame::data(vec![b'x'; 1 << 16].into()))).await.unwrap();
+        }
+        drop(sender);
+        assert_eq!(tokio::time::timeout(PATIENCE, serving).await.unwrap().unwrap(), UPLOADED);
+    }
+}
+
+#[tokio::test]
+async fn what_a_port_refuses_amid_an_upload_is_told_at_once() {
+    for mesh in both_ways(|settings| settings.linger = Duration::from_secs(3600)).await {
+        let refusal = "HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno";
+        let (port, serving) = hasty(refusal, false).await;
+        let name = host(SANDBOX, port);
+        let mut stream = TcpStream::connect(mesh.address).await.unwrap();
+        let head = format!("POST / HTTP/1.1\r\nHost: {name}\r\nContent-Length: {UPLOADED}\r\n\r\nx");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\nno") {
+            let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.unwrap().unwrap();
+            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer));
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 413 "));
+        serving.abort();
     }
 }
 

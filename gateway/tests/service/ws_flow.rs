@@ -16,11 +16,13 @@ use crate::{
 /// Waits until what was sent no longer grows; how much it is.
 async fn settled(session: &Session) -> u64 {
     let settling = async {
-        let mut before = 0;
+        let (mut before, mut looks) = (0, 0);
         loop {
             tokio::time::sleep(Duration::from_millis(500)).await;
             let sent = session.state().sent;
-            if sent == before && sent > 0 {
+            looks = if sent == before && sent > 0 { looks + 1 } else { 0 };
+            // One look may be of a time in which this process stood still.
+            if looks == 2 {
                 return sent;
             }
             before = sent;
