@@ -279,7 +279,7 @@ impl Published {
         let rule =
             format!("ip daddr {} tcp dport {port} dnat to {}:{PORT}", world.public_of_host, world.private);
         let rules = format!(
-            "table ip {table} {{ chain lead {{ type nat hook prerouting priority dstnat; {rule}; }} }}"
+            "table ip {table} {{ chain lead {{ type nat hook prerouting priority dstnat; {rule}; }}; }}"
         );
         let mut nft = Command::new("nft");
         nft.arg(rules);
