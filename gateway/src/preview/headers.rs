@@ -75,11 +75,9 @@ fn remove_made_up(headers: &mut HeaderMap, peer: &Peer) {
         (is_of_proxies(b"x-forwarded-") || is_of_proxies(b"x-real-ip"))
             && (!peer.is_trusted || name.contains(&b'_'))
     };
-    if headers.keys().any(is_made_up) {
-        let made_up: Vec<HeaderName> = headers.keys().filter(|name| is_made_up(name)).cloned().collect();
-        for name in made_up {
-            headers.remove(name);
-        }
+    let made_up: Vec<HeaderName> = headers.keys().filter(|name| is_made_up(name)).cloned().collect();
+    for name in made_up {
+        headers.remove(name);
     }
 }
 

@@ -340,8 +340,9 @@ async def a_terminal_is_typed_at(sandbox):
     await screen.shows(b"50 132\r\n")
     await pty.send("sleep 300; echo 'not '$((1 + 1))\n")
     # Before the shell has handed the terminal over, a Ctrl-C would be its own.
-    while (await sandbox.exec.run("ps -o stat= -C sleep | grep -q '^S.*+'")).exit_code:
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(PATIENCE):
+        while (await sandbox.exec.run("ps -o stat= -C sleep | grep -q '^S.*+'")).exit_code:
+            await asyncio.sleep(0.1)
     await pty.send("\x03")
     await pty.send("echo still $((1 + 2))\n")
     await screen.shows(b"still 3\r\n")
