@@ -85,8 +85,7 @@ impl Bed {
         let plenty = network::Settings {
             allow: Vec::new(),
             resolv_conf: "/etc/resolv.conf".into(),
-            connections: 1000,
-            mbit: 1000,
+            limits: network::Limits { connections: 1000, mbit: 1000 },
         };
         let network = Network::open(names.clone(), plenty, BTreeSet::new()).await.unwrap();
         Self::made(settings(), Some((names, network))).await
@@ -178,7 +177,10 @@ impl Vm<'_> {
     pub async fn launch(&self, memory: Memory, start: Start) -> Result<Launched, (VmmError, String)> {
         let (console, writer) = Console::open().unwrap();
         let network = match &self.bed.network {
-            Some((_, network)) => Some(network.take(|number| self.home.note_network(number)).await.unwrap()),
+            Some((_, network)) => {
+                let noted = network.take(|number| self.home.note_network(number, network.limits()));
+                Some(noted.await.unwrap())
+            }
             None => None,
         };
         let launch = Launch {

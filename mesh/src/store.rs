@@ -203,6 +203,12 @@ pub async fn open(url: &str) -> Result<SharedStore, StoreError> {
     }
 }
 
+/// Where the members of the store listen that `url` names, `host:port`; nowhere, if it is a file.
+pub fn members(url: &str) -> Vec<String> {
+    let members = url.strip_prefix("etcd://").map(|members| members.split(','));
+    members.into_iter().flatten().map(str::to_owned).collect()
+}
+
 /// Refuses what no store should be asked.
 fn check_txn(txn: &Txn) -> Result<(), StoreError> {
     if txn.compare.len() > MAX_TXN_OPS || txn.then.len() > MAX_TXN_OPS {

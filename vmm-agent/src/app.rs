@@ -1,6 +1,6 @@
 //! What the agent is made of, and the order in which it comes up and goes down.
 //!
-//! Up: lock, backend, recovery, socket, membership, pool. Nothing is served before every VM of an earlier agent has
+//! Up: lock, backend, recovery, socket, seclusion, membership, pool. Nothing is served before every VM of an earlier agent has
 //! its task, and no scheduler sees the host before it can be called. Down: out of the membership, calls drained, clones
 //! of the pool removed, VMs let go of. VMs of sandboxes run on.
 
@@ -31,6 +31,7 @@ use crate::{
     microvm::MakeError,
     pool::Pool,
     rpc::AgentRpc,
+    seclusion::Seclusion,
     telemetry,
     workshop::Workshop,
 };
@@ -57,6 +58,9 @@ pub enum AppError {
     /// The record store.
     #[error("cannot use the record store")]
     Store(#[from] store::StoreError),
+    /// The host's packet filter.
+    #[error("cannot keep guests from the parts of the mesh")]
+    Seclusion(#[source] io::Error),
     /// The endpoint.
     #[error(transparent)]
     Serve(#[from] oc_mesh::serve::ServeError),
@@ -105,6 +109,7 @@ pub async fn run(
     .await?;
     let endpoint = bound.endpoint();
     let store = store::open(&config.store).await?;
+    let seclusion = Seclusion::begin(backend.clone(), store.clone(), &config.store, &shutdown).await?;
     let member = membership::keep(
         store,
         host_record(&config, endpoint.to_string(), backend.as_ref()),
@@ -114,6 +119,7 @@ pub async fn run(
     )
     .await?;
     tasks.spawn(member);
+    tasks.spawn(seclusion.keep(shutdown.clone()));
     tasks.spawn(pool.run(calls_done.clone()));
     tasks.spawn(host.clone().relieve(calls_done.clone()));
     tasks.close();

@@ -1,7 +1,10 @@
 //! What the lifecycle needs of the part that drives VMMs: the seam at which tests put a host without any.
 
 use std::{
+    collections::BTreeSet,
     fmt::Debug,
+    io,
+    net::SocketAddr,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, SystemTime},
 };
@@ -64,6 +67,9 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Reads all of a snapshot, wherever it is, and compares it with its digests. [`MakeError::Unusable`] says what is
     /// damaged.
     async fn verify_snapshot(&self, snapshot_id: &str) -> Result<Whole, MakeError>;
+
+    /// Has no guest reach these addresses, and those that it was told before again.
+    async fn seclude(&self, parts: &BTreeSet<SocketAddr>) -> io::Result<()>;
 
     /// Removes what belongs to no VM: what the host's VMs share. For a host that ends for good.
     async fn clean_up(&self) -> Result<(), MakeError>;

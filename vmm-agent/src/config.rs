@@ -334,8 +334,7 @@ impl Config {
         let network = (args.network == NetworkChoice::On).then_some(network::Settings {
             allow: args.network_allow,
             resolv_conf: args.resolv_conf,
-            connections: args.network_connections,
-            mbit: args.network_mbit,
+            limits: network::Limits { connections: args.network_connections, mbit: args.network_mbit },
         });
         Ok(Self {
             store: args.store.ok_or_else(|| invalid("--store", "is needed"))?,

@@ -56,7 +56,7 @@ pub mod userfaultfd;
 pub mod vmm;
 pub mod writes;
 
-use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
+use std::{collections::BTreeSet, fs, io, net::SocketAddr, path::Path, sync::Arc};
 
 use oc_mesh::{
     clock::SystemClock,
@@ -343,6 +343,10 @@ impl Backend for Driver {
             _ => MakeError::Backend(error.to_string()),
         })?;
         Ok(Whole { here, uploaded: uploaded.unwrap_or_default() })
+    }
+
+    async fn seclude(&self, parts: &BTreeSet<SocketAddr>) -> io::Result<()> {
+        self.interfaces.seclude(parts).await
     }
 
     async fn clean_up(&self) -> Result<(), MakeError> {

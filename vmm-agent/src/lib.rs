@@ -7,7 +7,7 @@
 //! - [`workshop`], [`microvm`], [`journal`], [`tombstones`]: making one, step by step, so that a crash of the
 //!   agent at any step leaves what its next start finishes or undoes.
 //! - [`backend`]: the seam to what drives VMMs; [`driver`]: what does.
-//! - [`network`]: a namespace for each VM, and what it may reach from there.
+//! - [`network`]: a namespace for each VM, and what it may reach from there; [`seclusion`]: no part of the mesh.
 //! - [`cleanup`], [`lock`], [`data_image`]: leaving nothing behind; one agent per data directory, which may be on a filesystem
 //!   of its own.
 //! - [`doctor`]: what this machine lacks, before an agent is started on it.
@@ -33,6 +33,7 @@ pub mod microvm;
 pub mod network;
 pub mod pool;
 pub mod rpc;
+pub mod seclusion;
 pub mod telemetry;
 pub mod tombstones;
 pub mod vm;

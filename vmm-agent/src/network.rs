@@ -11,14 +11,17 @@
 //!
 //! - [`plan`]: names and addresses; [`rules`]: what may pass, of which [`sets`] change.
 //! - [`namespace`], [`links`], [`tap`]: what the kernel does of it.
+//! - [`connections`]: what it follows of them, forgotten when a VM goes. [`netfilter`]: how it is told.
 //! - [`dns`]: names for guests.
 //!
 //! Namespaces are made ahead: one is taken when a VMM is launched, and removed when that has ended. Which VM has which is
 //! written in its home before its VMM is started; a namespace that no home names is nobody's, and removed at the next start.
 
+pub mod connections;
 pub mod dns;
 pub mod links;
 pub mod namespace;
+pub mod netfilter;
 pub mod plan;
 pub mod rules;
 pub mod sets;
@@ -27,7 +30,7 @@ pub mod tap;
 use std::{
     collections::BTreeSet,
     fs, io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
@@ -42,6 +45,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use self::{
+    connections::Connection,
     links::Links,
     plan::{
         GATEWAY, GATEWAY_MAC, GATEWAY6, GUEST, GUEST_MAC, GUEST6, MAX_AGENTS, MAX_VMS, Names, Pair, TAP, UP,
@@ -52,19 +56,29 @@ use self::{
 const SPARE: usize = 4;
 /// After a failure to make one.
 const RESTS: Duration = Duration::from_secs(5);
+/// How many connections the kernel follows at least, in each namespace: as many as 256 VMs may have by default. Each takes about
+/// 320 bytes while it is there.
+const FOLLOWED: u32 = 1 << 20;
 /// Who holds it looks for an address that no agent of this machine has, and takes it.
 const LOCK: &str = "/run/lock/opencomputer-network";
 
-/// What a VM may do at most, and what all may reach.
+/// What VMs may do, and what all may reach.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Addresses that guests reach although they are not of the internet.
     pub allow: Vec<IpNet>,
     /// The host's resolvers: a resolv.conf(5).
     pub resolv_conf: PathBuf,
-    /// Connections that a VM may have at once.
+    /// What each VM may do.
+    pub limits: Limits,
+}
+
+/// What a VM may do at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections that it may have at once.
     pub connections: u32,
-    /// What a VM may send, and receive, each second: millions of bits.
+    /// What it may send, and receive, each second: millions of bits.
     pub mbit: u32,
 }
 
@@ -121,6 +135,8 @@ struct State {
     /// Numbers that are taken: by those that wait, too.
     taken: BTreeSet<u32>,
     ready: Vec<Interface>,
+    /// Of those that are taken: could not be made, nor removed.
+    unmade: BTreeSet<u32>,
 }
 
 impl Network {
@@ -136,24 +152,22 @@ impl Network {
         let is_there = namespace::exists(&names.hub()) && !used.is_empty();
         if !is_there {
             remove_all(&names).await?;
-            let rules = rules::of_hub();
-            namespace::create(names.hub(), move || {
-                forward()?;
-                rules::load(&rules)
-            })
-            .await?;
+            namespace::create(names.hub(), forward).await?;
         }
+        let rules = rules::of_hub(&settings);
+        namespace::enter(names.hub(), move || filter(&rules)).await?;
         let of_runtime = runtime.clone();
         let hub = namespace::enter(names.hub(), move || Links::open(&of_runtime)).await?;
         let pair = link_to_host(&names, &hub, &runtime).await?;
         forward_on_host()?;
         rules::load(&rules::of_host(&names, &pair))?;
+        follow_on_host()?;
         let sockets = namespace::enter(names.hub(), dns::bind).await?;
         let network = Arc::new(Self {
             names,
             settings,
             hub,
-            state: Mutex::new(State { taken: used, ready: Vec::new() }),
+            state: Mutex::new(State { taken: used, ..State::default() }),
             wanted: Notify::new(),
             cancel: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -204,9 +218,14 @@ impl Network {
                 }
             }
         };
-        // Not one await since it was taken: it is in the home, or nobody's until the next start.
-        note(interface.number)?;
-        Ok(interface)
+        // Not one await since it was taken: it is in the home, or waits for another.
+        match note(interface.number) {
+            Ok(()) => Ok(interface),
+            Err(error) => {
+                self.state.lock().ready.push(interface);
+                Err(error)
+            }
+        }
     }
 
     /// Removes the namespace of that number, whose VMM has ended.
@@ -215,11 +234,19 @@ impl Network {
     ///
     /// If it resists.
     pub async fn release(&self, number: u32) -> io::Result<()> {
-        // The link first: its name is free for the next one when this returns.
-        self.hub.remove(&Names::leg(number)).await?;
-        namespace::remove(&self.names.vm(number))?;
+        remove_vm(&self.names, &self.hub, number).await?;
         self.state.lock().taken.remove(&number);
         Ok(())
+    }
+
+    /// Has no VM reach these, where parts of the mesh listen, and those that it was told before again.
+    ///
+    /// # Errors
+    ///
+    /// If the host's filter does not take it: then it is as it was.
+    pub async fn seclude(&self, parts: &BTreeSet<SocketAddr>) -> io::Result<()> {
+        let rules = rules::parts(&self.names, parts);
+        on_host(move || rules::load(&rules)).await
     }
 
     /// Sets what the VM in the namespace of that number may reach.
@@ -231,9 +258,9 @@ impl Network {
         namespace::enter(self.names.vm(number), move || rules::restrict(egress)).await
     }
 
-    /// What VMs may do.
-    pub fn settings(&self) -> &Settings {
-        &self.settings
+    /// What the VMs may do that get their network from now on.
+    pub fn limits(&self) -> Limits {
+        self.settings.limits
     }
 
     /// What the VM in the namespace of that number has made of it.
@@ -265,6 +292,10 @@ impl Network {
 
     /// Makes one more that waits. Not to be dropped half-way.
     async fn make(&self) -> io::Result<()> {
+        let unmade = std::mem::take(&mut self.state.lock().unmade);
+        for number in unmade {
+            self.unmake(number).await;
+        }
         let number = {
             let mut state = self.state.lock();
             let free = (1..MAX_VMS).find(|number| !state.taken.contains(number));
@@ -278,9 +309,17 @@ impl Network {
                 Ok(())
             }
             Err(error) => {
-                self.release(number).await?;
+                self.unmake(number).await;
                 Err(error)
             }
+        }
+    }
+
+    /// Removes what could not be made. What resists, the next one that is made removes.
+    async fn unmake(&self, number: u32) {
+        if let Err(error) = self.release(number).await {
+            warn!(%error, number, "cannot remove what could not be made of a network");
+            self.state.lock().unmade.insert(number);
         }
     }
 
@@ -302,12 +341,44 @@ impl Network {
 ///
 /// If it resists.
 pub async fn remove(names: &Names, number: u32) -> io::Result<()> {
-    if namespace::exists(&names.hub()) {
-        let runtime = runtime::Handle::current();
-        let hub = namespace::enter(names.hub(), move || Links::open(&runtime)).await?;
-        hub.remove(&Names::leg(number)).await?;
+    if !namespace::exists(&names.hub()) {
+        return namespace::remove(&names.vm(number));
     }
+    let runtime = runtime::Handle::current();
+    let hub = namespace::enter(names.hub(), move || Links::open(&runtime)).await?;
+    remove_vm(names, &hub, number).await
+}
+
+/// Removes what the VM of that number had, and what is known of its connections.
+async fn remove_vm(names: &Names, hub: &Links, number: u32) -> io::Result<()> {
+    // The link first, so that nothing more comes; the namespace last, by which the next start finds what there is to do.
+    hub.remove(&Names::leg(number)).await?;
+    forget_connections(names, number).await?;
     namespace::remove(&names.vm(number))
+}
+
+/// Has the host and the agent's namespace forget the connections of the VM of that number.
+async fn forget_connections(names: &Names, number: u32) -> io::Result<()> {
+    let pair = Pair::of_vm(number);
+    let begun = namespace::enter(names.hub(), move || begun_by(&pair)).await?;
+    if begun.is_empty() {
+        return Ok(());
+    }
+    // Those of the host first: what they are called there, only the agent's namespace knows.
+    let beyond: Vec<_> = begun.iter().map(Connection::beyond).collect();
+    on_host(move || connections::forget(&beyond)).await?;
+    let own: Vec<_> = begun.iter().map(|connection| connection.asks).collect();
+    namespace::enter(names.hub(), move || connections::forget(&own)).await
+}
+
+/// The connections of this thread's namespace that came in by the link between these.
+fn begun_by(pair: &Pair) -> io::Result<Vec<Connection>> {
+    Ok([connections::begun_by(pair.far.into())?, connections::begun_by(pair.far6.into())?].concat())
+}
+
+/// Does `work` on a thread that may wait for the kernel, in the host's namespace.
+async fn on_host<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
 /// Removes all that agents called `names` have made.
@@ -318,8 +389,17 @@ pub async fn remove(names: &Names, number: u32) -> io::Result<()> {
 pub async fn remove_all(names: &Names) -> io::Result<()> {
     sweep(names, &BTreeSet::new()).await?;
     let links = Links::open(&runtime::Handle::current())?;
-    let was_there = links.find(&names.link()).await?.is_some() || namespace::exists(&names.hub());
+    let near = links.addresses_of(&names.link()).await?;
+    let was_there = near.is_some() || namespace::exists(&names.hub());
     links.remove(&names.link()).await?;
+    // Of those of VMs that are nowhere any more.
+    for pair in near.into_iter().flatten().filter_map(Pair::of_agent_at) {
+        let forget = move || {
+            let left: Vec<_> = begun_by(&pair)?.iter().map(|connection| connection.asks).collect();
+            connections::forget(&left)
+        };
+        on_host(forget).await?;
+    }
     namespace::remove(&names.hub())?;
     match rules::load(&rules::without_host(names)) {
         // A host that lacks what it takes to have one has none.
@@ -397,7 +477,7 @@ fn make_vm(number: u32, hub: &str, rules: &str) -> io::Result<OwnedFd> {
     set("ipv4/tcp_rmem", "4096 131072 1048576")?;
     set("ipv4/tcp_wmem", "4096 65536 1048576")?;
     let fd = tap::open(TAP)?;
-    rules::load(rules)?;
+    filter(rules)?;
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let links = Links::open(&runtime::Handle::current())?;
@@ -440,6 +520,22 @@ fn forward() -> io::Result<()> {
         set(&format!("ipv6/conf/{kind}/accept_redirects"), "0")?;
     }
     set("ipv6/conf/all/forwarding", "1")
+}
+
+/// Loads the rules of this thread's namespace, which follows connections by them, and sets how long.
+fn filter(rules: &str) -> io::Result<()> {
+    rules::load(rules)?;
+    set("netfilter/nf_conntrack_tcp_timeout_established", &rules::SILENT_FOR.to_string())
+}
+
+/// Has the kernel follow no fewer connections than VMs may have.
+fn follow_on_host() -> io::Result<()> {
+    const MAX: &str = "netfilter/nf_conntrack_max";
+    let known = fs::read_to_string(Path::new("/proc/sys/net").join(MAX))?;
+    if known.trim().parse().is_ok_and(|max: u32| max < FOLLOWED) {
+        set(MAX, &FOLLOWED.to_string())?;
+    }
+    Ok(())
 }
 
 /// Has the host pass packets on, as it must; it goes on to learn its own routes as before.

@@ -21,7 +21,7 @@ use fs_err::{self as fs, os::unix::fs::chown};
 use sha2::{Digest as _, Sha256};
 
 use super::{durable, layer, snapshot::digests_of};
-use crate::network::Egress;
+use crate::network::{Egress, Limits};
 
 /// First of 2^28 user IDs that nobody else uses: systemd's list of reserved ranges (UIDS-GIDS.md) leaves 1879048192 and up
 /// to 2147483647 unassigned.
@@ -46,7 +46,7 @@ pub const GUEST: &str = "guest.sock";
 /// The name of the socket that leads to the VMM's stub for debuggers.
 pub const DEBUG: &str = "debug.sock";
 
-/// The number of its network's namespace.
+/// The number of its network's namespace, and its limits.
 const NETWORK: &str = "network";
 /// There if the VM may reach nothing.
 const NO_EGRESS: &str = "no-egress";
@@ -119,21 +119,40 @@ impl Home {
     ///
     /// If it cannot be read.
     pub fn network(&self) -> io::Result<Option<u32>> {
+        Ok(self.network_words()?.first().copied())
+    }
+
+    /// What the VM may do there, if that is known: an agent of an earlier version has not written it down.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn network_limits(&self) -> io::Result<Option<Limits>> {
+        Ok(match self.network_words()?[..] {
+            [_, connections, mbit] => Some(Limits { connections, mbit }),
+            _ => None,
+        })
+    }
+
+    /// The numbers of what [`Home::note_network`] has written. What was not written whole was not used.
+    fn network_words(&self) -> io::Result<Vec<u32>> {
         match fs::read_to_string(self.dir.join(NETWORK)) {
-            // One that was not written whole was not used.
-            Ok(number) => Ok(number.trim().parse().ok()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
+            Ok(text) if text.ends_with('\n') => {
+                Ok(text.split_whitespace().map_while(|word| word.parse().ok()).collect())
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(Vec::new()),
         }
     }
 
-    /// Writes down that its VMM has its network in the namespace of that number.
+    /// Writes down that its VMM has its network in the namespace of that number, and what it may do there.
     ///
     /// # Errors
     ///
     /// If the disk does not take it.
-    pub fn note_network(&self, number: u32) -> io::Result<()> {
-        fs::write(self.dir.join(NETWORK), format!("{number}\n"))
+    pub fn note_network(&self, number: u32, limits: Limits) -> io::Result<()> {
+        let Limits { connections, mbit } = limits;
+        fs::write(self.dir.join(NETWORK), format!("{number} {connections} {mbit}\n"))
     }
 
     /// Forgets the namespace.

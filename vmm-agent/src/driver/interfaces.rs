@@ -1,6 +1,6 @@
 //! Which VM has which network: taken for its VMM, given back when that has ended, and written in its home meanwhile.
 
-use std::{collections::BTreeSet, io, path::Path, sync::Arc};
+use std::{collections::BTreeSet, io, net::SocketAddr, path::Path, sync::Arc};
 
 use fs_err as fs;
 use oc_mesh::handoff::Handoffs;
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     microvm::MakeError,
-    network::{self, Egress, Interface, Network, Settings, Usage, namespace::Namespace, plan::Names},
+    network::{self, Egress, Interface, Limits, Network, Settings, Usage, namespace::Namespace, plan::Names},
 };
 
 /// The networks of one host's VMs.
@@ -77,7 +77,8 @@ impl Interfaces {
         let Some(network) = &self.network else { return Ok(None) };
         // Of a VMM that was launched before.
         self.unplug(home).await?;
-        let interface = network.take(|number| home.note_network(number)).await.map_err(failed)?;
+        let limits = network.limits();
+        let interface = network.take(|number| home.note_network(number, limits)).await.map_err(failed)?;
         let egress = home.egress().map_err(failed)?;
         if egress != Egress::Open {
             network.restrict(interface.number, egress).await.map_err(failed)?;
@@ -110,9 +111,22 @@ impl Interfaces {
     /// # Errors
     ///
     /// If it cannot be looked at.
-    pub async fn usage(&self, home: &Home) -> io::Result<Option<(Usage, &Settings)>> {
+    pub async fn usage(&self, home: &Home) -> io::Result<Option<(Usage, Limits)>> {
         let (Some(network), Some(number)) = (&self.network, home.network()?) else { return Ok(None) };
-        Ok(Some((network.usage(number).await?, network.settings())))
+        let limits = home.network_limits()?.unwrap_or_else(|| network.limits());
+        Ok(Some((network.usage(number).await?, limits)))
+    }
+
+    /// Has no VM reach these.
+    ///
+    /// # Errors
+    ///
+    /// If the host's packet filter does not take it.
+    pub async fn seclude(&self, parts: &BTreeSet<SocketAddr>) -> io::Result<()> {
+        match &self.network {
+            Some(network) => network.seclude(parts).await,
+            None => Ok(()),
+        }
     }
 
     /// The ports of the VM in `home`, whose VMM is about to run or does; `None` if it has no network.

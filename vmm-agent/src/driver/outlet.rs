@@ -92,7 +92,7 @@ impl NetworkService for Connected {
             Egress::Nothing => EgressPolicy::None,
         };
         let mut network = Network { egress: egress.into(), ..Network::default() };
-        if let Some((usage, settings)) = self.interfaces.usage(&self.home).await.map_err(failed)? {
+        if let Some((usage, limits)) = self.interfaces.usage(&self.home).await.map_err(failed)? {
             network = Network {
                 is_connected: true,
                 addresses: vec![GUEST.to_string(), GUEST6.to_string()],
@@ -100,8 +100,8 @@ impl NetworkService for Connected {
                 name_server: DNS.to_string(),
                 mac: GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":"),
                 connections: signed(usage.connections),
-                max_connections: settings.connections.into(),
-                max_mbit: settings.mbit.into(),
+                max_connections: limits.connections.into(),
+                max_mbit: limits.mbit.into(),
                 sent_bytes: signed(usage.sent_bytes),
                 received_bytes: signed(usage.received_bytes),
                 ..network

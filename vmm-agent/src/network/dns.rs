@@ -31,9 +31,10 @@ const MOST: usize = 65_535;
 /// How long a resolver may take before the next one is asked, and a conversation in all.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 const TALKS_FOR: Duration = Duration::from_secs(30);
-/// Questions that wait for their answers: of one VM, and of all.
+/// Questions that wait for their answers: of one VM, of all, and of one VM whatever others have.
 const WAITING_PER_VM: usize = 32;
 const WAITING: usize = 512;
+const WAITING_ANYHOW: usize = 4;
 /// After an error that lasts.
 const RESTS: Duration = Duration::from_millis(50);
 /// As many as the C library uses (MAXNS, resolv.h).
@@ -196,14 +197,12 @@ impl Waiting {
     /// Room for a question of `from`, if there is some.
     fn enter(&self, from: IpAddr) -> Option<Place> {
         let mut waiting = self.0.lock();
-        if waiting.values().sum::<usize>() >= WAITING {
+        let is_full = waiting.values().sum::<usize>() >= WAITING;
+        let own = waiting.get(&from).copied().unwrap_or_default();
+        if own >= if is_full { WAITING_ANYHOW } else { WAITING_PER_VM } {
             return None;
         }
-        let own = waiting.entry(from).or_default();
-        if *own >= WAITING_PER_VM {
-            return None;
-        }
-        *own += 1;
+        waiting.insert(from, own + 1);
         Some(Place(self.clone(), from))
     }
 }
@@ -352,5 +351,12 @@ mod tests {
         drop(held);
         assert!(waiting.enter(one).is_some());
         assert!(waiting.0.lock().is_empty());
+        // Nor do many.
+        let many: Vec<_> = (0..=255)
+            .flat_map(|last| std::iter::from_fn(|| waiting.enter([3, 3, 3, last].into())).collect::<Vec<_>>())
+            .collect();
+        assert_eq!(many.len(), WAITING + 240 * WAITING_ANYHOW);
+        let held: Vec<_> = std::iter::from_fn(|| waiting.enter(other)).collect();
+        assert_eq!(held.len(), WAITING_ANYHOW);
     }
 }

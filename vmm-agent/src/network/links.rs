@@ -5,7 +5,8 @@ use std::{io, net::IpAddr, os::fd::AsRawFd as _};
 use fs_err::File;
 use futures_util::TryStreamExt as _;
 use rtnetlink::{
-    Error, Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder, new_connection,
+    AddressGetRequest, Error, Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    new_connection,
     packet_route::{
         address::{AddressAttribute, AddressFlags},
         link::{InfoData, InfoVeth, LinkAttribute},
@@ -84,15 +85,17 @@ impl Links {
     ///
     /// Of the kernel.
     pub async fn addresses(&self) -> io::Result<Vec<IpAddr>> {
-        let mut all = self.handle.address().get().execute();
-        let mut addresses = Vec::new();
-        while let Some(one) = all.try_next().await.map_err(|error| failed("addresses", &error))? {
-            addresses.extend(one.attributes.into_iter().filter_map(|attribute| match attribute {
-                AddressAttribute::Local(address) | AddressAttribute::Address(address) => Some(address),
-                _ => None,
-            }));
-        }
-        Ok(addresses)
+        addresses(self.handle.address().get()).await
+    }
+
+    /// The addresses of the link called `name`, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// Of the kernel.
+    pub async fn addresses_of(&self, name: &str) -> io::Result<Option<Vec<IpAddr>>> {
+        let Some(index) = self.find(name).await? else { return Ok(None) };
+        addresses(self.handle.address().get().set_link_index_filter(index)).await.map(Some)
     }
 
     /// Makes a pair of links: `name` here, `peer` in the namespace called `namespace`.
@@ -177,6 +180,18 @@ impl Links {
         let pin = self.handle.neighbours().add(index, address).link_layer_address(&mac);
         pin.execute().await.map_err(|error| failed(&address.to_string(), &error))
     }
+}
+
+async fn addresses(asked: AddressGetRequest) -> io::Result<Vec<IpAddr>> {
+    let mut all = asked.execute();
+    let mut addresses = Vec::new();
+    while let Some(one) = all.try_next().await.map_err(|error| failed("addresses", &error))? {
+        addresses.extend(one.attributes.into_iter().filter_map(|attribute| match attribute {
+            AddressAttribute::Local(address) | AddressAttribute::Address(address) => Some(address),
+            _ => None,
+        }));
+    }
+    Ok(addresses)
 }
 
 fn failed(what: &str, error: &Error) -> io::Error {

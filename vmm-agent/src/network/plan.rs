@@ -6,7 +6,7 @@
 //! border, so what two agents have alike never meets.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
@@ -62,6 +62,14 @@ impl Pair {
     /// The link between the host and the namespace of the agent that has taken that number.
     pub fn of_agent(number: u32) -> Self {
         Self::new(Ipv4Addr::new(198, 18, 128, 0), 2, number)
+    }
+
+    /// The link of an agent whose nearer end has that IPv4 address.
+    pub fn of_agent_at(near: IpAddr) -> Option<Self> {
+        let IpAddr::V4(near) = near else { return None };
+        let number = near.to_bits().checked_sub(Self::of_agent(0).near.to_bits())? / 2;
+        let pair = (number < MAX_AGENTS).then(|| Self::of_agent(number));
+        pair.filter(|pair| pair.near == near)
     }
 
     fn new(base: Ipv4Addr, net: u16, number: u32) -> Self {
@@ -130,6 +138,13 @@ mod tests {
         assert_eq!(Pair::of_vm(MAX_VMS - 1).far, Ipv4Addr::new(198, 19, 127, 255));
         assert_eq!(Pair::of_agent(MAX_AGENTS - 1).far, Ipv4Addr::new(198, 18, 191, 255));
         assert!(Pair::of_agent(0).near > DNS);
+        for number in [0, 7, MAX_AGENTS - 1] {
+            let pair = Pair::of_agent(number);
+            assert_eq!(Pair::of_agent_at(pair.near.into()), Some(pair));
+            assert_eq!(Pair::of_agent_at(pair.far.into()), None);
+        }
+        assert_eq!(Pair::of_agent_at(DNS.into()), None);
+        assert_eq!(Pair::of_agent_at(Pair::of_vm(0).near.into()), None);
         assert_ne!(Pair::of_vm(7).near6, Pair::of_agent(7).near6);
         assert_eq!(Pair::of_vm(70_000).far6.segments()[6..], [2, 0x22e1]);
     }

@@ -4,8 +4,9 @@
 //! namespace is made, ahead of its use.
 
 use std::{
-    fmt::Write as _,
+    collections::BTreeSet,
     io::{self, Write as _},
+    net::SocketAddr,
     process::{Command, Stdio},
 };
 
@@ -13,7 +14,7 @@ use ipnet::IpNet;
 
 use super::{
     Egress, Settings,
-    plan::{DNS, GATEWAY, GATEWAY6, GUEST, GUEST_MAC, GUEST6, Names, Pair, TAP, UP},
+    plan::{DNS, GATEWAY, GATEWAY6, GUEST, GUEST_MAC, GUEST6, MAX_VMS, Names, Pair, TAP, UP},
     sets,
 };
 
@@ -28,14 +29,23 @@ const NOT_THE_INTERNET6: &str = "::/3, 2001::/23, 2001:db8::/32, 2002::/16, 3fff
 const NEW_PER_SECOND: u32 = 500;
 /// Questions for names of a VM each second, by UDP.
 const NAMES_PER_SECOND: u32 = 200;
+/// What is followed: by these a translator tells conversations apart, and knows when they end.
+const PROTOCOLS: &str = "tcp, udp, icmp, icmpv6";
+/// Least hop count of TCP: what a guest sends passes its own namespace, the agent's and the host, and all see it or none. Else it
+/// could end a connection where its own are counted, and nowhere else.
+const LEAST_HOPS: u32 = 4;
+/// How long a connection may be silent, seconds: as a translator must wait at least (RFC 5382, REQ-5).
+pub const SILENT_FOR: u32 = 7440;
+/// How many times a VM's own limit is followed for it in the agent's namespace, which may hear of an end later than the VM's.
+const SLACK: u32 = 2;
 
 /// The filter of a VM's namespace.
 pub fn of_vm(settings: &Settings) -> String {
     let [a, b, c, d, e, f] = GUEST_MAC;
     let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
-    let bytes = u64::from(settings.mbit) * 1_000_000 / 8;
+    let bytes = u64::from(settings.limits.mbit) * 1_000_000 / 8;
     let rate = format!("limit rate over {bytes} bytes/second burst {} bytes counter drop", bytes / 4);
-    let connections = settings.connections;
+    let connections = settings.limits.connections;
     let (allowed4, allowed6) = allowed(&settings.allow);
     format!(
         r#"
@@ -44,8 +54,14 @@ table netdev oc {{
     chain guest {{
         type filter hook ingress device "{TAP}" priority 0; policy drop;
         ether saddr != {mac} counter drop
+        # Whatever drops, drops here, before it is followed: what was followed in this namespace is in those behind, too.
+        {rate}
+        ip hdrlength > 5 counter drop
+        ip protocol tcp ip ttl < {LEAST_HOPS} counter drop
+        ip6 nexthdr {{ tcp, ipv6-frag }} ip6 hoplimit < {LEAST_HOPS} counter drop
         ether type ip ip saddr {GUEST} accept
-        ether type ip6 ip6 saddr {GUEST6} accept
+        # Other extension headers can have a packet dropped behind where it was followed, as options of IPv4 can.
+        ether type ip6 ip6 saddr {GUEST6} ip6 nexthdr {{ tcp, udp, icmpv6, ipv6-frag }} accept
         ether type arp arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {GUEST} arp daddr ip {GATEWAY} accept
         counter
     }}
@@ -61,8 +77,8 @@ table inet oc {{
     set denied6 {{ type ipv6_addr; flags interval; elements = {{ {NOT_THE_INTERNET6} }} }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
-        iifname "{TAP}" {rate}
         oifname "{TAP}" {rate}
+        meta l4proto != {{ {PROTOCOLS} }} counter drop
         # Before what is known already: who has had one answer asks by the same conversation.
         iifname "{TAP}" ip daddr @resolvers udp dport 53 limit rate over {NAMES_PER_SECOND}/second burst {NAMES_PER_SECOND} packets counter drop
         ct state invalid drop
@@ -105,15 +121,17 @@ table inet oc {{
 }
 
 fn allowed(nets: &[IpNet]) -> (String, String) {
-    let elements = |is_wanted: fn(&IpNet) -> bool| {
-        let mut list = String::new();
-        for net in nets.iter().filter(|net| is_wanted(net)) {
-            let separator = if list.is_empty() { "elements = { " } else { ", " };
-            let _ = write!(list, "{separator}{}", net.trunc());
-        }
-        if list.is_empty() { list } else { list + " }" }
-    };
-    (elements(|net| net.addr().is_ipv4()), elements(|net| net.addr().is_ipv6()))
+    let (four, six): (Vec<_>, Vec<_>) = nets.iter().map(IpNet::trunc).partition(|net| net.addr().is_ipv4());
+    (elements(&four), elements(&six))
+}
+
+/// What a set has from the start.
+fn elements(all: &[impl ToString]) -> String {
+    if all.is_empty() { String::new() } else { format!("elements = {{ {} }}", list(all)) }
+}
+
+fn list(all: &[impl ToString]) -> String {
+    all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Sets what the VM may reach that has this thread's namespace: all that is not denied, or nothing.
@@ -127,14 +145,21 @@ pub fn restrict(egress: Egress) -> io::Result<()> {
     sets::fill("oc", &sets)
 }
 
-/// The filter of an agent's own namespace: each VM may go to the world, and none to another.
-pub fn of_hub() -> String {
+/// The filter of an agent's own namespace: each VM may go to the world, and none to another. Replaces what was there.
+pub fn of_hub(settings: &Settings) -> String {
+    let connections = settings.limits.connections.saturating_mul(SLACK);
     format!(
         r#"
+table inet oc {{ }}
+delete table inet oc
 table inet oc {{
+    # The connections of each link. The VM's namespace counts its own; this is for what only it took for ended.
+    set legs {{ type ifname; size {MAX_VMS}; flags dynamic; }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
+        ct state invalid drop
         ct state established,related accept
+        iifname "v*" add @legs {{ iifname ct count over {connections} }} counter drop
         iifname "v*" oifname "{UP}" accept
     }}
     chain input {{
@@ -152,16 +177,21 @@ table inet oc {{
     )
 }
 
-/// What the host adds to its own filter for the agent whose namespace it is linked to by `pair`: no way to itself, no way in.
-/// Replaces what was there of it.
+/// What the host adds to its own filter for the agent whose namespace it is linked to by `pair`: no way to itself, no way in, and
+/// none to the [`parts`] of the mesh. Replaces what was there of it, but for which those are: VMs of an earlier agent run on.
 pub fn of_host(names: &Names, pair: &Pair) -> String {
     let (table, link) = (names.table(), names.link());
     let (far, far6) = (pair.far, pair.far6);
     format!(
         r#"
 table inet {table} {{ }}
-delete table inet {table}
+flush table inet {table}
 table inet {table} {{
+    # Where parts of the mesh listen, which ask nobody who calls.
+    set parts4 {{ type ipv4_addr . inet_service; }}
+    set parts6 {{ type ipv6_addr . inet_service; }}
+    ct timeout silent4 {{ protocol tcp; l3proto ip; policy = {{ established: {SILENT_FOR} }}; }}
+    ct timeout silent6 {{ protocol tcp; l3proto ip6; policy = {{ established: {SILENT_FOR} }}; }}
     chain input {{
         type filter hook input priority filter - 5; policy accept;
         iifname "{link}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
@@ -169,8 +199,16 @@ table inet {table} {{
     }}
     chain forward {{
         type filter hook forward priority filter - 5; policy accept;
+        # What is not translated must not go on.
+        iifname "{link}" ct state invalid counter drop
+        iifname "{link}" ip saddr != {far} counter drop
+        iifname "{link}" ip6 saddr != {far6} counter drop
         # What the host leads on to somewhere else, as a port of a container, is a service of the host, too.
         iifname "{link}" ct status dnat counter drop
+        iifname "{link}" ip daddr . tcp dport @parts4 counter reject with icmpx admin-prohibited
+        iifname "{link}" ip6 daddr . tcp dport @parts6 counter reject with icmpx admin-prohibited
+        iifname "{link}" ct state new meta nfproto ipv4 meta l4proto tcp ct timeout set "silent4"
+        iifname "{link}" ct state new meta nfproto ipv6 meta l4proto tcp ct timeout set "silent6"
         iifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
         oifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
         oifname "{link}" ct state established,related accept
@@ -184,6 +222,22 @@ table inet {table} {{
 }}
 "#
     )
+}
+
+/// Sets where the parts of the mesh listen, in what [`of_host`] has made.
+pub fn parts(names: &Names, parts: &BTreeSet<SocketAddr>) -> String {
+    let table = names.table();
+    let set = |name: &str, is_its: fn(&&SocketAddr) -> bool| {
+        let own: Vec<_> =
+            parts.iter().filter(is_its).map(|part| format!("{} . {}", part.ip(), part.port())).collect();
+        let filled = if own.is_empty() {
+            String::new()
+        } else {
+            format!("add element inet {table} {name} {{ {} }}\n", list(&own))
+        };
+        format!("flush set inet {table} {name}\n{filled}")
+    };
+    set("parts4", |part| part.is_ipv4()) + &set("parts6", |part| part.is_ipv6())
 }
 
 /// Removes the host's part.
@@ -222,7 +276,10 @@ mod tests {
 
     use nix::sched::{CloneFlags, unshare};
 
-    use super::{super::tap, *};
+    use super::{
+        super::{Limits, tap},
+        *,
+    };
 
     /// A set of a VM's filter, as nft writes it.
     fn listed(set: &str) -> String {
@@ -237,8 +294,7 @@ mod tests {
             allow: vec!["10.1.2.0/24".parse().unwrap()],
             resolv_conf: "/etc/resolv.conf".into(),
             // As many and as much as may be (config.rs).
-            connections: 262_144,
-            mbit: 100_000,
+            limits: Limits { connections: 262_144, mbit: 100_000 },
         };
         let in_its_namespace = move || {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();

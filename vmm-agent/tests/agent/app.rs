@@ -1,13 +1,18 @@
 //! The whole agent on a socket, with a record store, as the mesh sees it; and what is left when it is told to clean up.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use clap::Parser as _;
-use oc_mesh::{channel::Channels, error::reason_of, keys, record, store};
+use oc_mesh::{
+    channel::Channels,
+    error::reason_of,
+    keys, record,
+    store::{self, Op, Txn},
+};
 use oc_proto::{
     mesh::{
-        CreateVmRequest, DeleteVmRequest, HostRecord, ListVmsRequest, StartPath, VmSize, VmState,
-        agent_service_client::AgentServiceClient,
+        CreateVmRequest, DeleteVmRequest, HostRecord, ListVmsRequest, SchedulerRecord, StartPath, VmSize,
+        VmState, agent_service_client::AgentServiceClient,
     },
     v1::{
         RunRequest, WatchDirectoryRequest, exec_service_client::ExecServiceClient,
@@ -98,6 +103,29 @@ fn create(sandbox: &str, epoch: u64) -> CreateVmRequest {
         size: Some(VmSize { cpu_count: 1, memory_mb: 1024, disk_mb: 20480 }),
         ..Default::default()
     }
+}
+
+#[tokio::test]
+async fn guests_are_kept_from_the_parts_of_the_mesh_whoever_comes_and_goes() {
+    let (world, dir) = (World::new(), tempfile::tempdir().unwrap());
+    let mut secluded = world.secluded.subscribe();
+    let agent = Running::start(&world, dir.path()).await;
+    assert!(secluded.borrow_and_update().is_empty(), "nobody listens by TCP");
+    let store = store::open(&agent.store).await.unwrap();
+    let host = HostRecord { endpoint: "http://10.1.2.3:7000".into(), ..Default::default() };
+    let joins = record::put(keys::host("h2"), &host);
+    store.txn(Txn { compare: Vec::new(), then: vec![joins] }).await.unwrap();
+    let parts = |all: &[&str]| all.iter().map(|part| part.parse().unwrap()).collect::<BTreeSet<_>>();
+    let one = parts(&["10.1.2.3:7000"]);
+    timeout(DEADLINE, secluded.wait_for(|parts| *parts == one)).await.unwrap().unwrap();
+    // A host that is no member any more may listen all the same.
+    let scheduler = SchedulerRecord { endpoint: "http://[fd00::1]:7100".into(), ..Default::default() };
+    let joins = record::put(keys::scheduler("s2"), &scheduler);
+    let then = vec![Op::Delete { key: keys::host("h2") }, joins];
+    store.txn(Txn { compare: Vec::new(), then }).await.unwrap();
+    let both = parts(&["10.1.2.3:7000", "[fd00::1]:7100"]);
+    timeout(DEADLINE, secluded.wait_for(|parts| *parts == both)).await.unwrap().unwrap();
+    agent.stop().await;
 }
 
 #[tokio::test]

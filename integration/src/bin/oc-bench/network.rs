@@ -14,7 +14,7 @@ use oc_integration::{
     world::{PORT, World},
 };
 use oc_vmm_agent::network::{
-    self, Network, Settings,
+    self, Limits, Network, Settings,
     namespace::{self, Namespace},
     plan::{GUEST, Names},
 };
@@ -112,8 +112,11 @@ async fn create(options: &[&str], path: &str, body: Value) -> anyhow::Result<Cre
 /// As many networks as a host may have VMs, without the VMs.
 async fn many(table: &mut Table) -> anyhow::Result<()> {
     let names = Names::new(&format!("{:08x}", std::process::id()));
-    let settings =
-        Settings { allow: Vec::new(), resolv_conf: "/etc/resolv.conf".into(), connections: 4096, mbit: 1000 };
+    let settings = Settings {
+        allow: Vec::new(),
+        resolv_conf: "/etc/resolv.conf".into(),
+        limits: Limits { connections: 4096, mbit: 1000 },
+    };
     let network = Network::open(names.clone(), settings, BTreeSet::new()).await?;
     let begun = Instant::now();
     let mut held = Vec::new();
@@ -177,7 +180,8 @@ async fn through_a_preview(table: &mut Table) -> anyhow::Result<()> {
     let mut homes = fs::read_dir(mesh.state().join("agent/vms"))?;
     let home = homes.next().context("no VM")??.path();
     ensure!(homes.next().is_none(), "more than one VM");
-    let number = fs::read_to_string(home.join("network"))?.trim().parse()?;
+    let number =
+        fs::read_to_string(home.join("network"))?.split_whitespace().next().context("no network")?.parse()?;
     let namespace = Namespace::open(&Names::new(&leftovers::tag(mesh.state())).vm(number))?;
     let (mut plain, mut through) = (Vec::new(), Vec::new());
     for _ in 0..=ROUNDS {

@@ -5,6 +5,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    io,
+    net::SocketAddr,
     path::Path,
     sync::{
         Arc,
@@ -87,6 +89,8 @@ pub struct World {
     /// Every activation: (vm, request).
     pub activations: Mutex<Vec<(String, ActivateRequest)>>,
     pub made: AtomicUsize,
+    /// What no guest reaches.
+    pub secluded: watch::Sender<BTreeSet<SocketAddr>>,
 }
 
 #[derive(Debug, Default)]
@@ -296,6 +300,11 @@ impl Backend for FakeBackend {
             Some(captured) => Ok(Whole { here: captured.bytes, uploaded: 0 }),
             None => Err(MakeError::NoSnapshot(snapshot_id.into())),
         }
+    }
+
+    async fn seclude(&self, parts: &BTreeSet<SocketAddr>) -> io::Result<()> {
+        self.0.secluded.send_replace(parts.clone());
+        Ok(())
     }
 
     async fn clean_up(&self) -> Result<(), MakeError> {

@@ -1,0 +1,104 @@
+//! Where the parts of the mesh listen by TCP: agents and schedulers, by their records, and the store. They do what whoever calls
+//! them says, so no guest may reach them, whatever an operator has excepted from what is denied, and even where their addresses
+//! are of the internet.
+
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
+
+use oc_mesh::{
+    endpoint::Endpoint,
+    keys,
+    store::{self, SharedStore},
+    view::View,
+};
+use oc_proto::mesh::{HostRecord, SchedulerRecord};
+use tokio::{
+    net::lookup_host,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::{app::AppError, backend::Backend};
+
+/// How often it is looked at anyhow: names may lead elsewhere, and what failed is tried again.
+const ANEW: Duration = Duration::from_secs(10);
+/// How long a name may take to be found.
+const FOUND_WITHIN: Duration = Duration::from_secs(2);
+
+/// What guests are kept from.
+#[derive(Debug)]
+pub struct Seclusion {
+    backend: Arc<dyn Backend>,
+    /// The store's members, `host:port`.
+    store: Vec<String>,
+    hosts: View<HostRecord>,
+    schedulers: View<SchedulerRecord>,
+    /// All that were seen since the agent has come up: who is no member at the moment may listen all the same.
+    seen: BTreeSet<SocketAddr>,
+    /// Those of them that the backend keeps guests from; unknown at first.
+    kept: Option<BTreeSet<SocketAddr>>,
+}
+
+impl Seclusion {
+    /// Keeps guests from what is known by now of the mesh whose store is `store`, at `url`, and returns what goes on with that.
+    ///
+    /// # Errors
+    ///
+    /// If the store cannot be read, or guests cannot be kept from it.
+    pub async fn begin(
+        backend: Arc<dyn Backend>,
+        store: SharedStore,
+        url: &str,
+        cancel: &CancellationToken,
+    ) -> Result<Self, AppError> {
+        let hosts = View::start(store.clone(), keys::HOSTS, cancel.clone()).await?;
+        let schedulers = View::start(store, keys::SCHEDULERS, cancel.clone()).await?;
+        let (store, seen, kept) = (store::members(url), BTreeSet::new(), None);
+        let mut seclusion = Self { backend, store, hosts, schedulers, seen, kept };
+        seclusion.look().await?;
+        Ok(seclusion)
+    }
+
+    /// Follows what joins, until `cancel`.
+    pub async fn keep(mut self, cancel: CancellationToken) {
+        let mut anew = interval(ANEW);
+        anew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.hosts.changed() => {}
+                () = self.schedulers.changed() => {}
+                _ = anew.tick() => {}
+                () = cancel.cancelled() => return,
+            }
+            if let Err(error) = self.look().await {
+                warn!(%error, "guests may reach parts of the mesh that are new");
+            }
+        }
+    }
+
+    async fn look(&mut self) -> Result<(), AppError> {
+        for place in self.places() {
+            match timeout(FOUND_WITHIN, lookup_host(&place)).await {
+                Ok(Ok(addresses)) => self.seen.extend(addresses),
+                Ok(Err(error)) => debug!(place, %error, "nobody finds a part of the mesh"),
+                Err(_) => debug!(place, "a part of the mesh is not found in time"),
+            }
+        }
+        if self.kept.as_ref() != Some(&self.seen) {
+            self.backend.seclude(&self.seen).await.map_err(AppError::Seclusion)?;
+            self.kept = Some(self.seen.clone());
+        }
+        Ok(())
+    }
+
+    /// Where somebody listens, `host:port`.
+    fn places(&self) -> BTreeSet<String> {
+        let hosts = self.hosts.all().into_iter().map(|(_, host)| host.endpoint.clone());
+        let schedulers = self.schedulers.all().into_iter().map(|(_, scheduler)| scheduler.endpoint.clone());
+        let places = hosts.chain(schedulers).filter_map(|endpoint| match endpoint.parse() {
+            Ok(Endpoint::Tcp(place)) => Some(place),
+            _ => None,
+        });
+        places.chain(self.store.iter().cloned()).collect()
+    }
+}
