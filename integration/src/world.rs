@@ -4,7 +4,10 @@
 //! told to except the first, and one of IPv6 that is excepted, too. All are answered alike, so that what a sandbox does not
 //! reach is not just absent.
 
+mod files;
+
 use std::{
+    collections::BTreeSet,
     io::{Read as _, Write as _},
     net::{TcpListener, UdpSocket},
     os::fd::AsFd as _,
@@ -19,11 +22,15 @@ use std::{
 
 use anyhow::Context as _;
 use nix::sched::{CloneFlags, setns};
+use serde_json::Value;
 
+use self::files::Files;
 use crate::mesh::succeeded;
 
 /// Where the server takes connections and datagrams.
 pub const PORT: u16 = 7007;
+/// Where it takes those of HTTP.
+const HTTP_PORT: u16 = 80;
 /// How the names of all worlds begin.
 pub const PREFIX: &str = "ocw";
 /// As long as a client may take.
@@ -50,6 +57,7 @@ pub struct World {
     /// Of IPv6, private, and not excepted.
     pub private6: String,
     datagrams: Arc<Mutex<Vec<Datagram>>>,
+    files: Files,
 }
 
 impl World {
@@ -71,6 +79,7 @@ impl World {
             excepted6: format!("fd42:213:{a}:{b}::2"),
             private6: format!("fd42:213:{a}:{b}::3"),
             datagrams: Arc::default(),
+            files: Files::default(),
             name,
         };
         let of_host6 = format!("fd42:213:{a}:{b}::1");
@@ -109,13 +118,53 @@ impl World {
         self.datagrams.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Has it answer `GET path` by HTTP, at the usual port; as a page where the path ends with a slash.
+    pub fn publish(&self, path: &str, content: impl Into<Vec<u8>>) {
+        self.files.put(path, content.into());
+    }
+
+    /// The numbers of the protocols that have arrived by IPv4, since they are noted.
+    ///
+    /// # Errors
+    ///
+    /// If its packet filter does not tell.
+    pub fn protocols(&self) -> anyhow::Result<BTreeSet<u64>> {
+        let listed = self.nft(&["--numeric-protocol", "--json", "list", "set", "ip", "world", "seen"])?;
+        let listed: Value = serde_json::from_str(&listed)?;
+        let all = listed["nftables"].as_array().context("no list")?;
+        let seen = all.iter().filter_map(|one| one["set"]["elem"].as_array()).flatten();
+        Ok(seen.filter_map(Value::as_u64).collect())
+    }
+
+    /// Has its packet filter note them from now on.
+    ///
+    /// # Errors
+    ///
+    /// If it does not take that.
+    pub fn note_protocols(&self) -> anyhow::Result<()> {
+        let rules = "table ip world { \
+             set seen { type inet_proto; size 256; flags dynamic; }; \
+             chain note { type filter hook prerouting priority filter; add @seen { ip protocol }; }; }";
+        self.nft(&[rules]).map(drop)
+    }
+
+    /// Runs nft in its namespace.
+    fn nft(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        self.within(|| {
+            let mut nft = Command::new("nft");
+            nft.args(arguments);
+            succeeded(nft)
+        })
+    }
+
     /// Each connection is told who it comes from, as this sees it, and then gets as many bytes as it asks for by a number
     /// and a line feed; or, by `sink`, is read to its end and told how many those were.
     fn serve(&self) -> anyhow::Result<()> {
-        let (streams, socket) = self.within(|| {
-            let streams = TcpListener::bind(("::", PORT))?;
-            anyhow::Ok((streams, UdpSocket::bind(("::", PORT))?))
+        let (streams, requests, socket) = self.within(|| {
+            let [streams, requests] = [PORT, HTTP_PORT].map(|port| TcpListener::bind(("::", port)));
+            anyhow::Ok((streams?, requests?, UdpSocket::bind(("::", PORT))?))
         })?;
+        self.files.serve(requests);
         // Both end with the test's process.
         thread::spawn(move || {
             for stream in streams.incoming() {

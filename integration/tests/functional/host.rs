@@ -79,11 +79,28 @@ pub async fn nothing_secret_is_logged(mesh: Arc<Mesh>) -> anyhow::Result<()> {
     rest.send(rest.anonymous(reqwest::Method::GET, &format!("{}?token={token}", sandbox.path(""))))
         .await?
         .expect(200)?;
+    // The token of its ports: one that is chosen, and one that is made.
+    let chosen =
+        json!({ "port": 8000, "authConfig": { "scheme": "bearer", "token": "hush-hush-preview-5" } });
+    rest.post(&sandbox.path("/preview"), chosen).await?.expect(201)?;
+    let rotated = rest.post(&sandbox.path("/preview/rotate"), json!({})).await?.expect(200)?.json();
+    let of_ports = rotated["previewAuthToken"].as_str().unwrap();
+    let host = format!("{}-p8000.preview.localhost", sandbox.id);
+    let asked = |header: &str, token: &str| {
+        rest.anonymous(reqwest::Method::GET, "/").header("host", &host).header(header, token)
+    };
+    for (request, status) in [
+        (asked("x-oc-preview-token", of_ports), 502),
+        (asked("authorization", &format!("Bearer {of_ports}")), 502),
+        (asked("x-oc-preview-token", "hush-hush-preview-5"), 401),
+    ] {
+        rest.send(request).await?.expect(status)?;
+    }
     sandbox.delete().await?;
     for entry in fs::read_dir(mesh.state().join("log"))? {
         let path = entry?.path();
         let text = fs::read_to_string(&path)?;
-        for secret in ["hush-hush", token, mesh.key.as_str()] {
+        for secret in ["hush-hush", token, of_ports, mesh.key.as_str()] {
             assert!(!text.contains(secret), "{} has a secret", path.display());
         }
     }
@@ -92,11 +109,14 @@ pub async fn nothing_secret_is_logged(mesh: Arc<Mesh>) -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    // The key is kept for its owner alone, and the store knows its hash only.
+    // The key is kept for its owner alone, and the store knows hashes only.
     assert_eq!(fs::metadata(mesh.state().join("api-key"))?.mode() & 0o777, 0o600);
     for file in ["store.db", "store.db-wal"] {
         let Ok(bytes) = fs::read(mesh.state().join(file)) else { continue };
-        assert!(!bytes.windows(20).any(|window| window == &mesh.key.as_bytes()[..20]), "{file} has the key");
+        for secret in [&mesh.key, of_ports, "hush-hush-preview-5"] {
+            let secret = &secret.as_bytes()[..secret.len().min(20)];
+            assert!(!bytes.windows(secret.len()).any(|window| window == secret), "{file} has a secret");
+        }
     }
     Ok(())
 }

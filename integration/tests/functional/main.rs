@@ -13,13 +13,16 @@ mod grafts;
 mod hibernation;
 mod host;
 mod main_job;
+mod names;
 mod network;
+mod packages;
 mod ports;
 mod previews;
 mod refusals;
 mod sessions;
 mod tenants;
 mod tiers;
+mod tls;
 mod watch;
 
 use std::process::ExitCode;
@@ -126,7 +129,8 @@ fn main() -> ExitCode {
             a_terminal_in_a_browser_outlives_what_serves_it;
         previews:
             a_page_in_a_sandbox_is_opened_before_and_after_it_slept,
-            a_preview_asks_for_its_token_and_wakes_nobody_without,
+            a_preview_asks_for_its_token_and_wakes_nobody_without;
+        tls:
             all_of_it_works_by_tls;
         host:
             a_vmm_is_nobody_and_bounded,

@@ -6,7 +6,6 @@ use std::{
     net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket},
     process::Command,
     sync::Arc,
-    thread,
     time::Instant,
 };
 
@@ -16,14 +15,30 @@ use nix::{
     unistd::Pid,
 };
 use oc_integration::{
+    leftovers,
     mesh::{Mesh, eventually, succeeded},
     rest::Sandbox,
     world::{self, PORT, World},
 };
+use oc_mesh::{
+    keys, record,
+    store::{self, Txn},
+};
+use oc_proto::mesh::HostRecord;
+use oc_vmm_agent::network::{
+    connections::{self, Connection},
+    namespace,
+    plan::{Names, Pair},
+};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::{checkpoints, hibernation::hibernate};
+use crate::{
+    checkpoints,
+    hibernation::hibernate,
+    names::{self, Resolver},
+    packages,
+};
 
 /// Where guests ask for names (vmm-agent/src/network/plan.rs).
 const DNS: &str = "198.18.0.53";
@@ -52,35 +67,11 @@ async fn reach_port(sandbox: &Sandbox, address: &str, port: u16, seconds: u32) -
     Ok(sandbox.run(&script).await?.trim().to_owned())
 }
 
-/// Answers every question at `at` with the address `with`; ends with the test's process.
-fn resolver(at: Ipv4Addr, with: Ipv4Addr) -> anyhow::Result<()> {
-    let socket = UdpSocket::bind((at, 53)).with_context(|| format!("{at} port 53"))?;
-    thread::spawn(move || {
-        let mut buffer = [0; 512];
-        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
-            let question = &buffer[..length];
-            // The name ends with an empty label; type and class follow (RFC 1035, 4.1.2).
-            let Some(end) = question[12..].iter().position(|byte| *byte == 0).map(|at| 12 + at + 5) else {
-                continue;
-            };
-            let is_a = question[end - 4..end] == [0, 1, 0, 1];
-            let mut answer = [&question[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]].concat();
-            answer.extend_from_slice(&question[12..end]);
-            if is_a {
-                answer.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
-                answer.extend_from_slice(&with.octets());
-            }
-            let _ = socket.send_to(&answer, from);
-        }
-    });
-    Ok(())
-}
-
 /// Namespaces of VMs, of all meshes: a test asks for those that are there beyond others' by their difference.
-fn namespaces(mesh: &Mesh) -> anyhow::Result<BTreeSet<String>> {
+fn namespaces(mesh: &Mesh) -> anyhow::Result<BTreeSet<u32>> {
     let used = fs::read_dir(mesh.state().join("agent/vms"))?.filter_map(|home| {
         let number = fs::read_to_string(home.ok()?.path().join("network")).ok()?;
-        Some(number.trim().to_owned())
+        number.split_whitespace().next()?.parse().ok()
     });
     Ok(used.collect())
 }
@@ -91,8 +82,8 @@ pub async fn a_sandbox_reaches_the_world_and_goes_on_to(_: Arc<Mesh>) -> anyhow:
     let conf = directory.path().join("resolv.conf");
     let (first, second) = (Ipv4Addr::new(127, 53, 7, 1), Ipv4Addr::new(127, 53, 7, 2));
     let public: Ipv4Addr = world.public.parse()?;
-    resolver(first, public)?;
-    resolver(second, Ipv4Addr::new(25, 1, 2, 3))?;
+    Resolver::start(first, public)?;
+    Resolver::start(second, Ipv4Addr::new(25, 1, 2, 3))?;
     fs::write(&conf, format!("nameserver {first}\n"))?;
     let (four, six) = (format!("{}/32", world.excepted), format!("{}/128", world.excepted6));
     let options =
@@ -155,6 +146,7 @@ pub async fn a_sandbox_reaches_the_world_and_goes_on_to(_: Arc<Mesh>) -> anyhow:
     })
     .await?;
     assert!(sandbox.run("getent ahostsv4 world.test").await?.contains(&world.public));
+    packages::arrive(&world, &child).await?;
     child.delete().await?;
     sandbox.delete().await?;
     eventually("namespaces are given back", async || {
@@ -176,8 +168,9 @@ async fn reaches_all(world: &World, sandbox: &Sandbox) -> anyhow::Result<()> {
 
 pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::Result<()> {
     let world = World::make()?;
-    let four = format!("{}/32", world.excepted);
-    let options = ["--pool-size", "1", "--paused-for", "0", "--network-allow", &four];
+    let (four, six) = (format!("{}/32", world.excepted), format!("{}/128", world.excepted6));
+    let options =
+        ["--pool-size", "1", "--paused-for", "0", "--network-allow", &four, "--network-allow", &six];
     let mesh = Mesh::start(&options)?;
     let rest = mesh.rest();
     let refused = rest.post("/api/sandboxes", json!({ "egress": "some" })).await?;
@@ -189,6 +182,7 @@ pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::
     }
     let open = rest.create(json!({ "timeout": 0 })).await?;
     assert_eq!(reaches(&open, &world.public).await?, world.public_of_host);
+    assert_ne!(reaches(&open, &world.excepted6).await?, "shut");
     let checkpoint = checkpoints::checkpoint(&rest, &closed[0], json!({ "name": "it" })).await?;
     for body in [json!({ "mode": "live" }), json!({})] {
         closed.extend(checkpoints::fork(&rest, &checkpoints::of(&checkpoint, "/fork"), body).await?);
@@ -196,7 +190,7 @@ pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::
     hibernate(&rest, &closed[0]).await?;
     for sandbox in &closed {
         assert_eq!(sandbox.get().await?.json()["egress"], "none");
-        for address in [&world.public, &world.excepted] {
+        for address in [&world.public, &world.excepted, &world.excepted6] {
             assert_eq!(reach(sandbox, address).await?, "shut", "{address}");
         }
         assert_eq!(reach_port(sandbox, DNS, 53, IMPATIENT).await?, "shut");
@@ -209,53 +203,11 @@ pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::
     mesh.stop()
 }
 
-/// Run as the guest's root: packets that are not its own, by every way that a kernel has.
-const FORGER: &str = r#"
-import socket, struct, sys
-server, server6, port, gateway_mac = sys.argv[1], sys.argv[2], int(sys.argv[3]), bytes.fromhex('026f63000001')
-raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-raw.bind(('eth0', 0))
-own = bytes.fromhex('026f63000002')
-def checksum(data):
-    total = sum(struct.unpack('!%dH' % (len(data) // 2), data))
-    while total >> 16: total = (total & 0xffff) + (total >> 16)
-    return ~total & 0xffff
-def udp4(source, text):
-    body = struct.pack('!HHHH', 4444, port, 8 + len(text), 0) + text
-    head = struct.pack('!BBHHHBBH4s4s', 0x45, 0, 20 + len(body), 1, 0, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(server))
-    return head[:10] + struct.pack('!H', checksum(head)) + head[12:] + body
-def udp6(source, text):
-    pack = lambda a: socket.inet_pton(socket.AF_INET6, a)
-    length = 8 + len(text)
-    pseudo = pack(source) + pack(server6) + struct.pack('!IxxxB', length, 17)
-    body = struct.pack('!HHHH', 4444, port, length, 0) + text
-    pad = b'\0' * (len(body) % 2)
-    body = body[:6] + struct.pack('!H', checksum(pseudo + body + pad)) + body[8:]
-    return struct.pack('!IHBB', 6 << 28, length, 17, 64) + pack(source) + pack(server6) + body
-def frame(mac, kind, payload, to=gateway_mac): raw.send(to + mac + struct.pack('!H', kind) + payload)
-frame(own, 0x800, udp4('198.18.0.2', b'honest'))
-frame(own, 0x86dd, udp6('fdb7:1e5c:c00::2', b'honest6.'))
-for source in ['198.18.0.3', '198.18.0.1', '10.213.0.1', '127.0.0.1', '8.8.8.8', '0.0.0.0', '198.19.0.3']:
-    frame(own, 0x800, udp4(source, b'forged ' + source.encode()))
-for source in ['fdb7:1e5c:c00::3', 'fe80::1', '2001:4860::1', '::1', 'fdb7:1e5c:c00:1::3']:
-    frame(own, 0x86dd, udp6(source, b'forged6 ' + source.encode()))
-frame(bytes.fromhex('026f63000009'), 0x800, udp4('198.18.0.2', b'forged mac'))
-# In a VLAN's clothes.
-frame(own, 0x8100, struct.pack('!HH', 1, 0x800) + udp4('198.18.0.9', b'forged vlan'))
-# "The gateway's, the resolver's and the host's addresses are mine."
-for address in ['198.18.0.1', '198.18.0.53', '198.19.0.2', '198.18.0.2']:
-    claimed = bytes.fromhex('026f63000009')
-    arp = struct.pack('!HHBBH6s4s6s4s', 1, 0x800, 6, 4, 2, claimed, socket.inet_aton(address), gateway_mac, socket.inet_aton('198.18.0.1'))
-    frame(claimed, 0x806, arp); frame(own, 0x806, arp); frame(own, 0x806, arp, b'\xff' * 6)
-claim = lambda a: socket.inet_pton(socket.AF_INET6, a)
-for address in ['fdb7:1e5c:c00::2', 'fdb7:1e5c:c00::1']:
-    body = struct.pack('!BBHI', 136, 0, 0, 0x60000000) + claim(address) + b'\x02\x01' + bytes.fromhex('026f63000009')
-    pseudo = claim('fdb7:1e5c:c00::2') + claim('fdb7:1e5c:c00::1') + struct.pack('!IxxxB', len(body), 58)
-    body = body[:2] + struct.pack('!H', checksum(pseudo + body)) + body[4:]
-    head = struct.pack('!IHBB', 6 << 28, len(body), 58, 255) + claim('fdb7:1e5c:c00::2') + claim('fdb7:1e5c:c00::1')
-    frame(own, 0x86dd, head + body)
-frame(own, 0x800, udp4('198.18.0.2', b'done'))
-"#;
+/// Run as the guest's root: packets that are not its own, or are in disguise.
+const FORGER: &str = include_str!("network/forger.py");
+
+/// Run in the guest: says what answers to pings, and to connections whose packets may go so far; and sends datagrams.
+const PROBE: &str = include_str!("network/probe.py");
 
 /// Run in the guest: as many conversations as it can begin.
 const CROWD: &str = r"
@@ -265,6 +217,21 @@ for number in range(300):
     one.sendto(b'crowd %d' % number, (sys.argv[1], int(sys.argv[2])))
     one.close()
 ";
+
+/// Run in the guest: sends as much as it gets in the test, and says how much has arrived, and in how many seconds.
+const UPLOAD: &str = r"
+import socket, sys, time
+one = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+lines = one.makefile(); lines.readline()
+one.sendall(b'sink\n')
+begun = time.monotonic()
+one.sendall(bytes(3000000)); one.shutdown(socket.SHUT_WR)
+print(lines.readline().strip(), time.monotonic() - begun)
+";
+
+const TCP: u8 = 6;
+/// What the forger sends by, too: GRE, SCTP, and one that is for experiments (RFC 3692).
+const STRANGE: [u64; 3] = [47, 132, 253];
 
 /// A port of this host that leads on to the private address of a world, until it is dropped.
 struct Published {
@@ -298,7 +265,13 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     let world = World::make()?;
     let (four, six) = (format!("{}/32", world.excepted), format!("{}/128", world.excepted6));
     let options = ["--pool-size", "2", "--network-allow", &four, "--network-allow", &six];
-    let limits = [("OC_NETWORK_CONNECTIONS", "64"), ("OC_NETWORK_MBIT", "8")];
+    let directory = tempfile::tempdir()?;
+    let conf = directory.path().join("resolv.conf");
+    let at = Ipv4Addr::new(127, 53, 7, 3);
+    let resolver = Resolver::start(at, world.public.parse()?)?;
+    fs::write(&conf, format!("nameserver {at}\n"))?;
+    let conf = conf.to_str().context("a path")?;
+    let limits = [("OC_NETWORK_CONNECTIONS", "128"), ("OC_NETWORK_MBIT", "8"), ("OC_RESOLV_CONF", conf)];
     let mesh = Mesh::start_in(None, &options, &limits)?;
     let rest = mesh.rest();
     let (hostile, other) =
@@ -314,8 +287,8 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     let addresses = addresses_of_host(&world)?;
     assert!(addresses.contains(&world.public_of_host), "{addresses:?}");
     let mut targets: Vec<(String, u16)> = Vec::new();
-    for address in addresses {
-        targets.extend([(address.clone(), service), (address, gateway)]);
+    for address in &addresses {
+        targets.extend([(address.clone(), service), (address.clone(), gateway)]);
     }
     // Nor what the host only leads on to: somebody private, by a port of its own as containers have them.
     let published = Published::by(&world)?;
@@ -352,7 +325,10 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     let found = scan(&hostile, &targets).await?;
     assert!(found.is_empty(), "it reaches {found:?}");
 
-    // Nobody is taken for somebody else.
+    is_unheard(&world, &hostile, &addresses).await?;
+
+    // Nobody is taken for somebody else, and nothing for something else.
+    world.note_protocols()?;
     hostile.put("forger.py", FORGER).await?.expect(204)?;
     let forge = format!("python3 /home/sandbox/forger.py {} {} {PORT}", world.excepted, world.excepted6);
     hostile.run_as_root(&forge).await?;
@@ -366,6 +342,9 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     let forged: Vec<_> =
         world.datagrams().into_iter().filter(|(_, text)| text.starts_with(b"forged")).collect();
     assert!(forged.is_empty(), "{forged:?}");
+    let protocols = world.protocols()?;
+    assert!(protocols.contains(&17), "datagrams have arrived: {protocols:?}");
+    assert!(STRANGE.iter().all(|strange| !protocols.contains(strange)), "{protocols:?}");
     assert_eq!(reaches(&hostile, &world.public).await?, world.public_of_host, "its way is as it was");
     assert_eq!(reaches(&other, &world.public).await?, world.public_of_host, "and so is the other's");
 
@@ -376,8 +355,18 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     assert_eq!(hostile.run(&format!("bash -c '{script}'")).await?.trim(), "3000000");
     let took = begun.elapsed().as_secs_f64();
     assert!(took > 1.5, "3 MB at 8 Mbit/s took {took} s");
+    hostile.put("upload.py", UPLOAD).await?.expect(204)?;
+    let upload = hostile.run(&format!("python3 upload.py {} {PORT}", world.public)).await?;
+    let (taken, took) = upload.trim().split_once(' ').context("two numbers")?;
+    assert_eq!(taken, "3000000");
+    assert!(took.parse::<f64>()? > 1.5, "3 MB at 8 Mbit/s took {took} s to send");
 
-    // And no more conversations than it may have.
+    names::are_shared(&resolver, &hostile, &other).await?;
+
+    // And no more conversations than it may have, of which one is open for as long as it is.
+    let hold = format!("exec 3<>/dev/tcp/{}/{PORT} && touch held && sleep 10000", world.excepted);
+    let hold = format!("(bash -c '{hold}' > /dev/null 2>&1 &); until [ -e held ]; do sleep 0.1; done");
+    hostile.run(&hold).await?;
     hostile.put("crowd.py", CROWD).await?.expect(204)?;
     hostile.run(&format!("python3 crowd.py {} {PORT}", world.excepted)).await?;
     let crowd = || world.datagrams().into_iter().filter(|(_, text)| text.starts_with(b"crowd")).count();
@@ -387,9 +376,85 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     })
     .await?;
     assert_eq!(reach(&hostile, &world.public).await?, "shut", "one more is too many");
-    assert!(crowd() <= 64, "{} conversations", crowd());
+    assert!(crowd() <= 128, "{} conversations", crowd());
     assert_eq!(reaches(&other, &world.public).await?, world.public_of_host, "the other has its own share");
+    leaves_no_connections(&mesh, hostile, world.excepted.parse()?).await?;
+
+    // No part of the mesh, where it listens on what the operator has excepted.
+    assert_ne!(reaches(&other, &world.excepted).await?, "shut");
+    let store = store::open(&format!("file://{}", mesh.state().join("store.db").display())).await?;
+    let host = HostRecord { endpoint: format!("http://{}:{PORT}", world.excepted), ..HostRecord::default() };
+    let joins = record::put(keys::host("elsewhere"), &host);
+    store.txn(Txn { compare: Vec::new(), then: vec![joins] }).await?;
+    eventually("the agent keeps its guests from it", async || {
+        let reached = reach(&other, &world.excepted).await?;
+        ensure!(reached == "shut", "{reached}");
+        Ok(())
+    })
+    .await?;
+    assert_ne!(reaches(&other, &world.excepted6).await?, "shut", "nothing else");
     mesh.stop()
+}
+
+/// A sandbox that has something open to `world` is deleted, and what it began is followed no more where it passed.
+async fn leaves_no_connections(mesh: &Mesh, sandbox: Sandbox, world: IpAddr) -> anyhow::Result<()> {
+    let names = Names::new(&leftovers::tag(mesh.state()));
+    let mut link = Command::new("ip");
+    link.args(["-o", "-4", "address", "show", "dev", &names.link()]);
+    let shown = succeeded(link)?;
+    let near = shown.split_whitespace().find_map(|word| word.split_once('/')).context("no address")?.0;
+    let of_agent = Pair::of_agent_at(near.parse()?).context("another address")?;
+    let on_host = || anyhow::Ok(connections::begun_by(of_agent.far.into())?);
+    let is_open = |one: &Connection| one.asks.to.ip() == world && one.asks.protocol == TCP;
+    assert!(on_host()?.iter().any(is_open), "there is one");
+    let before = namespaces(mesh)?;
+    sandbox.delete().await?;
+    eventually("they are forgotten", async || {
+        let mut left = on_host()?;
+        left.retain(|one| one.asks.to.ip() == world);
+        ensure!(left.is_empty(), "on the host: {left:?}");
+        let after = namespaces(mesh)?;
+        let gone: Vec<_> = before.difference(&after).map(|number| Pair::of_vm(*number)).collect();
+        ensure!(!gone.is_empty(), "its network is there yet: {after:?}");
+        for pair in gone {
+            let left = namespace::enter(names.hub(), move || connections::begun_by(pair.far.into())).await?;
+            ensure!(left.is_empty(), "in the agent's namespace: {left:?}");
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Neither pings nor datagrams reach this machine by any of its `addresses`. And no packet of TCP leaves its guest that would end before
+/// it is past the host: whoever follows connections on its way sees it, or nobody does.
+async fn is_unheard(world: &World, sandbox: &Sandbox, addresses: &[String]) -> anyhow::Result<()> {
+    let socket = UdpSocket::bind("[::]:0")?;
+    let service = socket.local_addr()?.port();
+    let worlds = [&world.public, &world.excepted6];
+    let wanted = json!({ "hosts": addresses, "service": service, "worlds": worlds, "port": PORT });
+    sandbox.put("probe.py", PROBE).await?.expect(204)?;
+    let found: Value = serde_json::from_str(&sandbox.run(&format!("python3 probe.py '{wanted}'")).await?)?;
+    assert_eq!(found["echoes"], json!(worlds), "who answers to a ping");
+    for address in worlds {
+        let outcomes = &found["connections"][address];
+        assert_eq!(*outcomes, json!(["silence", "silence", "silence", "open"]), "{address}");
+    }
+    eventually("datagrams arrive where they may", async || {
+        let arrived = world.datagrams().into_iter().filter(|(_, text)| text == b"probe").count();
+        ensure!(arrived == worlds.len(), "{arrived}");
+        Ok(())
+    })
+    .await?;
+    for own in ["127.0.0.1", "::1"] {
+        UdpSocket::bind((own, 0))?.send_to(b"own", (own, service))?;
+    }
+    socket.set_nonblocking(true)?;
+    let (mut heard, mut buffer) = (Vec::new(), [0; 64]);
+    while let Ok((length, _)) = socket.recv_from(&mut buffer) {
+        heard.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+    }
+    assert_eq!(heard, ["own", "own"], "this machine hears itself alone");
+    Ok(())
 }
 
 /// Every address of this machine but those that only lead to itself, and those of other tests' worlds: of the internet once they have

@@ -88,7 +88,8 @@ fn open(url: &str, says: &str) -> anyhow::Result<()> {
     succeeded(command).map(drop)
 }
 
-fn oc(mesh: &Mesh, arguments: &[&str]) -> anyhow::Result<Value> {
+/// What `oc` says, as JSON.
+pub fn oc(mesh: &Mesh, arguments: &[&str]) -> anyhow::Result<Value> {
     let mut command = mesh.oc();
     command.args(arguments).arg("--json");
     Ok(serde_json::from_str(&succeeded(command)?)?)
@@ -171,37 +172,4 @@ pub async fn a_preview_asks_for_its_token_and_wakes_nobody_without(mesh: Arc<Mes
     let refused = theirs.get(&sandbox.path("/preview")).await?.refusal();
     assert_eq!(refused, (404, "SANDBOX_NOT_FOUND".into()));
     sandbox.delete().await
-}
-
-pub async fn all_of_it_works_by_tls(_: Arc<Mesh>) -> anyhow::Result<()> {
-    // Of its own: it speaks TLS alone.
-    let mesh = Mesh::start(&["--pool-size", "0", "--tls"])?;
-    ensure!(mesh.url.starts_with("https://"), "{}", mesh.url);
-    // `oc` speaks gRPC.
-    let made = oc(&mesh, &["create", "--timeout", "0"])?;
-    let id = made["sandboxID"].as_str().context("no ID")?.to_owned();
-    let server = "cd /etc && (python3 -m http.server 8000 >/dev/null 2>&1 &)";
-    let mut exec = mesh.oc();
-    exec.args(["exec", &id, "--wait", "--", server]);
-    succeeded(exec)?;
-    let port = mesh.url.rsplit_once(':').context("no port")?.1;
-    let curl = |arguments: &[&str]| {
-        let mut command = Command::new("curl");
-        command.args(["-sS", "--fail", "--cacert"]).arg(mesh.state().join("tls/ca.crt")).args(arguments);
-        succeeded(command)
-    };
-    let rest =
-        curl(&["-H", &format!("X-API-Key: {}", mesh.key), &format!("{}/api/sandboxes/{id}", mesh.url)])?;
-    assert_eq!(serde_json::from_str::<Value>(&rest)?["connectURL"], mesh.url);
-    let preview = oc(&mesh, &["preview", "create", &id, "--port", "8000"])?;
-    assert_eq!(preview["sslStatus"], "active");
-    let (name, url) =
-        (preview["hostname"].as_str().context("no host")?, preview["url"].as_str().context("no URL")?);
-    let resolve = format!("{name}:{port}:127.0.0.1");
-    let page = eventually("the page", async || {
-        curl(&["--resolve", &resolve, "--http2", "-w", "%{http_version}", &format!("{url}/hostname")])
-    })
-    .await?;
-    assert!(page.ends_with('2'), "{page}");
-    mesh.stop()
 }
