@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Version,
-    header::{CONTENT_TYPE, RETRY_AFTER},
+    header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER},
 };
 use hyper::body::{Body as _, Incoming};
 use ipnet::IpNet;
@@ -29,8 +29,11 @@ use crate::{
     cors::{self, AllowedOrigins},
     exchange::{Ending, Exchange, Followed},
     grpc::{self, local::Local},
-    listener::{head::Refused, leftover},
-    preview::{self, Peer, Previews},
+    listener::{
+        head::{Problem, Refused},
+        leftover,
+    },
+    preview::{self, Peer, Previews, host::OwnNames},
     rest::{self, Rest, answer},
     sandboxes::Sandboxes,
     surface::Surface,
@@ -72,6 +75,8 @@ pub struct Settings {
     pub websockets: ws::Limits,
     /// Domain under which ports of sandboxes are shown.
     pub preview_domain: String,
+    /// Host names that are no preview's.
+    pub own_names: OwnNames,
     /// Limits of previews.
     pub previews: preview::Limits,
     /// Origins whose pages may use it; `*` among them for any.
@@ -131,13 +136,14 @@ impl App {
         let hosts = View::start(store.clone(), keys::HOSTS, ended.clone()).await?;
         let schedulers = View::start(store.clone(), keys::SCHEDULERS, ended.clone()).await?;
         let domains = View::start(store.clone(), keys::PREVIEW_DOMAINS, ended.clone()).await?;
-        let previews = Previews::new(
+        let mut previews = Previews::new(
             &settings.preview_domain,
             &settings.public_url,
             domains,
             settings.previews,
             ended.clone(),
         );
+        previews.hosts.reserve(settings.own_names);
         let tokens = TokenVerifier::start(store.clone(), ended).await?;
         let readiness = Readiness {
             keys: keys.clone(),
@@ -199,13 +205,17 @@ impl App {
         };
         let is_of_port = place.is_some();
         let response = if let Some(place) = place {
-            let response = preview::proxy::serve(&self, &exchange, place, request, &peer).await;
+            let mut response = preview::proxy::serve(&self, &exchange, place, request, &peer).await;
             if is_http1 && response.status().is_client_error() | response.status().is_server_error() {
                 if response.extensions().get::<preview::proxy::OfPort>().is_some() {
                     // The port may still be reading it.
                     leftover.discard_later(self.linger);
                 } else {
                     leftover.discard(self.linger).await;
+                    if response.status() == StatusCode::REQUEST_TIMEOUT {
+                        // The rest may come yet, but for nobody.
+                        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                    }
                 }
             }
             response
@@ -237,7 +247,10 @@ impl App {
         let ending = Ending::of(Arc::clone(&exchange));
         tracing::info!(%problem, peer = %peer.address, request_id = exchange.request_id(), "what came is no request");
         let error = status(problem.reason(), problem.to_string());
-        let response = if self.previews.hosts.place(request).is_some() {
+        let response = if *problem == Problem::WithoutTls {
+            // For whoever wrote `http` into a URL.
+            text(StatusCode::BAD_REQUEST, format!("{problem}\n"))
+        } else if self.previews.hosts.place(request).is_some() {
             preview::proxy::refuse(&exchange, &error, request.headers())
         } else {
             cors::allow(answer::error(&error), cors::origin(request))

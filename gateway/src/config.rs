@@ -7,6 +7,7 @@ use std::{
 
 use clap::Parser;
 use ipnet::IpNet;
+use oc_mesh::host_name;
 
 use crate::tls::Files;
 
@@ -53,6 +54,18 @@ pub struct Config {
         value_parser = domain
     )]
     pub preview_domain: String,
+
+    /// Host names that are the mesh's own, separated by commas, each with every name below it: none of them is ever a preview's.
+    /// Those of `--public-url`, `--preview-domain` and `localhost` are so without being named, and what the certificate of `--tls-cert`
+    /// names in full, itself alone. Name all others that lead to this gateway and are no tenant's, here and to the schedulers.
+    #[arg(
+        long,
+        env = "OC_OWN_NAMES",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        value_parser = host_name::option
+    )]
+    pub own_names: Vec<String>,
 
     /// Networks and addresses of proxies before this gateway, separated by commas. What they say in `X-Forwarded-*` goes on to ports,
     /// with them added; what anybody else says there does not.
@@ -115,13 +128,9 @@ fn network(text: &str) -> Result<IpNet, String> {
         .map_err(|_| "must be a network such as 10.0.0.0/8, or an address".to_owned())
 }
 
-/// A host name, in lower case.
+/// A host name in lower case, that leaves room for a sandbox's ID and a port before it.
 fn domain(text: &str) -> Result<String, String> {
-    let is_label = |label: &str| {
-        (1..=63).contains(&label.len())
-            && label.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
-    };
-    match text.len() <= 200 && text.split('.').all(is_label) {
+    match text.len() <= 200 && host_name::is_host_name(text) {
         true => Ok(text.to_owned()),
         false => Err("must be a host name in lower case".to_owned()),
     }
@@ -130,6 +139,19 @@ fn domain(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn own_names_are_host_names_in_any_case() {
+        let told = |names: &str| {
+            let arguments = ["oc-gateway", "--store", "file:///x", "--own-names", names];
+            Config::try_parse_from(arguments).ok().map(|config| config.own_names)
+        };
+        let names = ["api.example", "b.example"].map(str::to_owned).to_vec();
+        assert_eq!(told("API.example., b.Example"), Some(names));
+        for wrong in ["*.example", "https://api.example", "api.example:443", "a..example"] {
+            assert_eq!(told(wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn networks_are_told_by_prefix_or_as_one_address() {

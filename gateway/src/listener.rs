@@ -3,6 +3,7 @@
 //!
 //! In reading order: each connection gets one of the [`workers`]; [`sniff`] tells the two versions apart, or TLS does, and [`preface`] bounds the beginning of HTTP/2; what is HTTP/1.1 comes through a [`gate`], which knows of each request's
 //! [`head`] and [`chunks`] before hyper does, and puts [`short`] answers together; the [`leftover`] of a body that nobody wants is thrown away.
+//! An answer of HTTP/2 that its client leaves [`untaken`] is ended.
 
 pub mod chunks;
 pub mod gate;
@@ -11,31 +12,33 @@ pub mod leftover;
 mod preface;
 pub mod short;
 mod sniff;
+mod untaken;
 pub mod workers;
 
-use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, error::Error as _, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use http::Request;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::graceful::{GracefulShutdown, Watcher},
 };
 use rustls::ServerConfig;
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
 };
-use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::{either::Either, sync::CancellationToken};
 
 use self::{
     gate::Gate,
+    head::Problem,
     preface::Preface,
     sniff::Protocol,
+    untaken::Streams,
     workers::{Workers, turn},
 };
 use crate::{app::App, preview::Peer, timer::ConnectionTimer};
@@ -51,6 +54,8 @@ pub struct Limits {
     pub max_connections: usize,
     /// How long a peer may take for a request's headers. Between two requests of HTTP/1.1 it may say nothing for twice as long.
     pub header_timeout: Duration,
+    /// How long a peer may take nothing of what is there for it: of a connection, and of an answer by HTTP/2.
+    pub untaken: Duration,
     /// How long requests may go on once the gateway is told to stop.
     pub drain: Duration,
 }
@@ -60,6 +65,7 @@ impl Default for Limits {
         Self {
             max_connections: 8192,
             header_timeout: Duration::from_secs(30),
+            untaken: Duration::from_secs(300),
             drain: Duration::from_secs(10),
         }
     }
@@ -164,12 +170,39 @@ async fn accept(
     }
 }
 
-/// A peer that takes nothing for this long is gone. Nothing else would end an answer that is stuck.
-const UNTAKEN: Duration = Duration::from_secs(300);
-
-fn set_options(stream: &TcpStream) -> io::Result<()> {
+fn set_options(stream: &TcpStream, untaken: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    SockRef::from(stream).set_tcp_user_timeout(Some(UNTAKEN))
+    // Nothing else would end an answer that is stuck.
+    SockRef::from(stream).set_tcp_user_timeout(Some(untaken))
+}
+
+/// What is spoken over: TLS has much to keep, which others should not have to make room for.
+type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+
+/// Waits for the beginning of a connection, and of TLS if that is to be spoken, until what comes within is known.
+async fn begin(stream: TcpStream, tls: Option<TlsAcceptor>) -> io::Result<(Stream, Protocol)> {
+    let Some(acceptor) = tls else {
+        let protocol = sniff::protocol(&stream).await?;
+        return Ok((Either::Left(stream), protocol));
+    };
+    if sniff::lacks_tls(&stream).await? {
+        return Ok((Either::Left(stream), Protocol::WithoutTls));
+    }
+    let stream = acceptor.accept(stream).await?;
+    let protocol = match stream.get_ref().1.alpn_protocol() {
+        Some(b"h2") => Protocol::Http2,
+        _ => Protocol::Http1,
+    };
+    Ok((Either::Right(Box::new(stream)), protocol))
+}
+
+/// What is told of a fault at most: the peer may have words of its own in it.
+const MAX_FAULT: usize = 200;
+
+/// What is wrong with a connection of HTTP/2 that has neither broken nor gone silent: what its peer did against the rules, or says that we did.
+fn fault(error: &hyper::Error) -> Option<String> {
+    let cause = error.source().filter(|cause| !cause.is::<io::Error>() && !error.is_timeout())?;
+    Some(cause.to_string().chars().take(MAX_FAULT).collect())
 }
 
 struct Connection {
@@ -181,46 +214,31 @@ struct Connection {
 
 impl Connection {
     async fn serve(self, stream: TcpStream, peer: SocketAddr, stop: CancellationToken) {
-        if let Err(error) = set_options(&stream) {
+        if let Err(error) = set_options(&stream, self.limits.untaken) {
             tracing::debug!(%error, "a connection's options could not be set");
         }
         let peer = self.app.peer(peer.ip(), self.tls.is_some());
         let within = self.limits.header_timeout;
-        if let Some(acceptor) = self.tls.clone() {
-            let accepted = tokio::select! {
-                () = stop.cancelled() => return,
-                accepted = tokio::time::timeout(within, acceptor.accept(stream)) => accepted,
-            };
-            let stream = match accepted {
-                Ok(Ok(stream)) => stream,
-                Ok(Err(error)) => {
-                    tracing::debug!(%error, peer = %peer.address, "no TLS");
-                    return;
-                }
-                Err(_) => return,
-            };
-            let protocol = match stream.get_ref().1.alpn_protocol() {
-                Some(b"h2") => Protocol::Http2,
-                _ => Protocol::Http1,
-            };
-            return self.speak(stream, protocol, peer, stop).await;
-        }
-        let sniffed = tokio::select! {
+        let begun = tokio::select! {
             () = stop.cancelled() => return,
-            sniffed = tokio::time::timeout(within, sniff::protocol(&stream)) => sniffed,
+            begun = tokio::time::timeout(within, begin(stream, self.tls.clone())) => begun,
         };
-        let Ok(Ok(protocol)) = sniffed else { return };
-        self.speak(stream, protocol, peer, stop).await;
+        match begun {
+            Ok(Ok((stream, protocol))) => self.speak(stream, protocol, peer, stop).await,
+            Ok(Err(error)) => tracing::debug!(%error, peer = %peer.address, "a connection did not begin"),
+            Err(_) => {}
+        }
     }
 
-    async fn speak<I>(self, io: I, protocol: Protocol, peer: Peer, stop: CancellationToken)
-    where
-        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
+    async fn speak(self, stream: Stream, protocol: Protocol, peer: Peer, stop: CancellationToken) {
         let (app, address) = (self.app, peer.address);
         let outcome = match protocol {
-            Protocol::Http1 => {
-                let gate = Gate::new(io, self.limits.header_timeout, app.linger);
+            Protocol::Http1 | Protocol::WithoutTls => {
+                let gate = Gate::new(stream, self.limits.header_timeout, app.linger);
+                let gate = match protocol {
+                    Protocol::WithoutTls => gate.refusing(Problem::WithoutTls),
+                    _ => gate,
+                };
                 let ledger = gate.ledger();
                 let service = service_fn(move |request: Request<Incoming>| {
                     turn::request();
@@ -257,9 +275,11 @@ impl Connection {
                 let service = service_fn(move |request: Request<Incoming>| {
                     turn::request();
                     let (app, peer) = (Arc::clone(&app), peer.clone());
-                    async move { Ok::<_, Infallible>(app.handle(request, peer).await) }
+                    async move { Ok::<_, Infallible>(app.handle(request, peer).await.map(untaken::give)) }
                 });
-                let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                let streams = Streams::new(self.limits.untaken, address);
+                let preface = Preface::new(stream, self.limits.header_timeout);
+                let connection = hyper::server::conn::http2::Builder::new(streams)
                     .timer(TokioTimer::new())
                     .initial_stream_window_size(STREAM_WINDOW)
                     .initial_connection_window_size(CONNECTION_WINDOW)
@@ -270,13 +290,14 @@ impl Connection {
                     .keep_alive_interval(PING)
                     .keep_alive_timeout(PING)
                     .enable_connect_protocol()
-                    .serve_connection(TokioIo::new(Preface::new(io, self.limits.header_timeout)), service);
+                    .serve_connection(TokioIo::new(preface), service);
                 self.watcher.watch(connection).await
             }
         };
-        match outcome {
-            Ok(()) => {}
-            Err(error) => tracing::debug!(%error, peer = %address, "a connection broke"),
+        let Err(error) = outcome else { return };
+        match fault(&error).filter(|_| protocol == Protocol::Http2) {
+            Some(fault) => tracing::info!(fault, peer = %address, "a connection of HTTP/2 was given up"),
+            None => tracing::debug!(%error, peer = %address, "a connection broke"),
         }
     }
 }

@@ -41,7 +41,8 @@ pub struct Limits {
     pub place: Duration,
     /// How long a port may take to accept a connection, once its sandbox is awake.
     pub connect: Duration,
-    /// How long a port may take to answer, once it has been sent all there is so far.
+    /// How long a port may take to answer, once it has been sent all there is so far; and a client to send more of a request that is not all
+    /// there.
     pub answer: Duration,
     /// How long an answer that has begun, or a WebSocket, may be silent in both directions.
     pub silence: Duration,

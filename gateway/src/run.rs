@@ -13,7 +13,7 @@ use crate::{
     app::{App, Settings},
     config::Config,
     listener::{self, Limits, workers::Workers},
-    preview,
+    preview::{self, host::OwnNames},
     tls::Certificates,
     ws,
 };
@@ -46,6 +46,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         max_requests: config.max_requests,
         websockets: ws::Limits { max: config.max_websockets, ..ws::Limits::default() },
         preview_domain: config.preview_domain,
+        own_names: OwnNames { named: config.own_names, certificates: certificates.clone() },
         previews: preview::Limits::default(),
         allowed_origins: config.allowed_origins,
         trusted_proxies: config.trusted_proxies,

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
+    net::Ipv6Addr,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,12 +16,14 @@ use std::{
 
 use parking_lot::RwLock;
 use rustls::{
+    CertificateError::NotValidForNameContext,
     ServerConfig,
+    client::verify_server_name,
     crypto::{CryptoProvider, aws_lc_rs},
-    server::{ClientHello, ResolvesServerCert},
+    server::{ClientHello, ParsedCertificate, ResolvesServerCert},
     sign::CertifiedKey,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::interval,
@@ -79,6 +82,8 @@ pub struct Certificates {
 #[derive(Debug)]
 struct Loaded {
     default: Arc<CertifiedKey>,
+    /// The host names that it names in full.
+    default_names: Vec<String>,
     by_name: HashMap<String, Arc<CertifiedKey>>,
     /// As the files were when they were read.
     stamps: Stamps,
@@ -142,6 +147,12 @@ impl Certificates {
         }
     }
 
+    /// Whether the certificate that is shown where no other fits names this host, in lower case, in full.
+    #[must_use]
+    pub fn names_by_default(&self, host: &str) -> bool {
+        self.current.read().default_names.iter().any(|name| name == host)
+    }
+
     fn find(&self, name: Option<&str>) -> Arc<CertifiedKey> {
         let current = Arc::clone(&self.current.read());
         let by_name = |name: &str| {
@@ -187,7 +198,7 @@ impl Loaded {
                 }
             }
         }
-        Ok(Self { default, by_name, stamps })
+        Ok(Self { default_names: names_in(&default), default, by_name, stamps })
     }
 }
 
@@ -204,6 +215,20 @@ fn pair(certificate: &Path, key: &Path) -> Result<Arc<CertifiedKey>, TlsError> {
     let key = PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(format!("its key: {error}")))?;
     let pair = CertifiedKey::from_der(chain, key, &provider()).map_err(|error| wrong(error.to_string()))?;
     Ok(Arc::new(pair))
+}
+
+/// The host names that a certificate names in full, in lower case.
+fn names_in(pair: &CertifiedKey) -> Vec<String> {
+    // The library tells them in one way alone: to say why another is none of them, as `DnsName("a.example")`.
+    // Here that is an address for examples (RFC 3849), which no certificate has.
+    let nobody = ServerName::from(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0));
+    let refused = || verify_server_name(&ParsedCertificate::try_from(pair.end_entity_cert()?)?, &nobody);
+    let presented = match refused() {
+        Err(rustls::Error::InvalidCertificate(NotValidForNameContext { presented, .. })) => presented,
+        _ => Vec::new(),
+    };
+    let hosts = presented.iter().filter_map(|name| name.strip_prefix("DnsName(\"")?.strip_suffix("\")"));
+    hosts.filter(|name| !name.starts_with("*.")).map(str::to_ascii_lowercase).collect()
 }
 
 /// The certificates in a directory.
@@ -293,6 +318,32 @@ mod tests {
         certificates.refresh(true);
         assert_eq!(shown(&certificates, Some("app.example")), renewed);
         assert_eq!(shown(&certificates, None), default);
+    }
+
+    #[test]
+    fn the_names_that_the_default_certificate_has_in_full_are_known() {
+        let directory = tempfile::tempdir().unwrap();
+        let names = ["Gate.example", "*.apps.example", "api.example", "0.0.0.0"].map(str::to_owned);
+        let made = rcgen::generate_simple_self_signed(names).unwrap();
+        let files = Files {
+            certificate: directory.path().join("server.crt"),
+            key: directory.path().join("server.key"),
+            directory: None,
+        };
+        std::fs::write(&files.certificate, made.cert.pem()).unwrap();
+        std::fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();
+        let certificates = Certificates::load(files).unwrap();
+        assert!(
+            certificates.names_by_default("gate.example") && certificates.names_by_default("api.example")
+        );
+        for other in ["x.gate.example", "x.apps.example", "*.apps.example", "apps.example", "0.0.0.0"] {
+            assert!(!certificates.names_by_default(other), "{other}");
+        }
+        write(directory.path(), "server", "new.example");
+        certificates.refresh(true);
+        assert!(
+            certificates.names_by_default("new.example") && !certificates.names_by_default("gate.example")
+        );
     }
 
     #[test]

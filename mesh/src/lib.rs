@@ -6,6 +6,7 @@
 //! - [`endpoint`], [`channel`], [`serve`], [`layers`], [`relay`], [`endless`]: calls between our own parts; [`handoff`]: what goes
 //!   past them.
 //! - [`caller`], [`api_key`], [`token`], [`file_url`]: who calls.
+//! - [`host_name`]: what stands before a port.
 //! - [`error`]: stable reasons, one table to gRPC and HTTP.
 //! - [`clock`], [`limits`], [`shutdown`], [`telemetry`]: time, what the system allows, stopping, seeing.
 //! - [`fail`]: where a test has a service die.
@@ -20,6 +21,7 @@ pub mod error;
 pub mod fail;
 pub mod file_url;
 pub mod handoff;
+pub mod host_name;
 pub mod keys;
 pub mod layers;
 pub mod limits;

@@ -122,7 +122,7 @@ impl App {
             CheckpointRpc::new(checkpoints.clone(), presenter),
             KeyRpc::new(store.clone(), clock),
             NodeRpc::new(store.clone(), hosts, sandboxes.clone()),
-            PreviewRpc::new(previews.clone()),
+            PreviewRpc::new(previews.clone(), config.own_names.clone()),
             FileUrlRpc::new(sandboxes.clone(), FileUrlSigner::ensure(&store).await?),
         );
         let bound = Serve {

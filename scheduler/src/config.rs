@@ -1,7 +1,7 @@
 //! How the scheduler is told what to do: flags, or variables of the environment.
 
 use clap::Parser;
-use oc_mesh::endpoint::Endpoint;
+use oc_mesh::{endpoint::Endpoint, host_name};
 use sha2::{Digest as _, Sha256};
 
 use crate::{quota::Quota, validate};
@@ -44,6 +44,14 @@ pub struct Config {
         value_parser = clap::value_parser!(i64).range(0..)
     )]
     pub max_memory_mb_per_tenant: i64,
+
+    /// Host names that are the mesh's own, separated by commas, each with every name below it: no preview is given one of them. Those
+    /// of the gateway's public URL, its preview domain and `localhost` are so without being named. The gateways want the same.
+    #[arg(
+        long, env = "OC_OWN_NAMES", value_name = "NAMES", value_delimiter = ',',
+        value_parser = host_name::option
+    )]
+    pub own_names: Vec<String>,
 
     /// Calls that are answered at the same time; more are refused as `OVERLOADED`.
     #[arg(long, env = "OC_MAX_CALLS", value_name = "N", default_value_t = 1024)]
@@ -95,12 +103,20 @@ mod tests {
     }
 
     #[test]
+    fn own_names_are_told_in_any_case() {
+        let told = parsed(&["--own-names", "API.example., b.Example"]).unwrap();
+        assert_eq!(told.own_names, ["api.example", "b.example"]);
+    }
+
+    #[test]
     fn malformed_flags_are_refused_at_start() {
         for flags in [
             ["--bootstrap-key-hash", "abc"],
             ["--bootstrap-tenant", "No Such"],
             ["--max-sandboxes-per-tenant", "-1"],
             ["--listen", "somewhere"],
+            ["--own-names", "*.example"],
+            ["--own-names", "https://api.example"],
         ] {
             assert!(parsed(&flags).is_err(), "{flags:?}");
         }

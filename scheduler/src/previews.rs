@@ -16,6 +16,7 @@ pub mod token;
 use std::time::{Duration, SystemTime};
 
 use oc_mesh::{
+    host_name::{LOCALHOST, compared, is_at_or_below, is_host_name},
     keys, record,
     store::{Compare, Op, Revision, SharedStore, StoreError, Txn, TxnOutcome},
     view::View,
@@ -41,10 +42,6 @@ pub const CLAIM_KEPT: Duration = Duration::from_secs(300);
 const PREFIX: &str = "pv-";
 /// How often a claim is tried again that somebody else was quicker with.
 const ATTEMPTS: u32 = 5;
-/// Longest host name (RFC 1035, 2.3.4).
-const MAX_DOMAIN: usize = 253;
-/// Longest label of one.
-const MAX_LABEL: usize = 63;
 
 /// The previews of all sandboxes.
 #[derive(Clone, Debug)]
@@ -305,35 +302,36 @@ pub fn port(number: u32) -> Result<u16, Invalid> {
     u16::try_from(number).ok().filter(|port| *port != 0).ok_or(Invalid::Port(number))
 }
 
-/// A host name that a preview may have, where the gateway is reached by `public_url` and shows ports under
-/// `preview_domain`.
+/// A host name that a preview may have: none of `own_names`, nor of those that are the mesh's own where its gateway is reached by
+/// `public_url` and shows ports under `preview_domain`. Each stands for every name below it, too.
 ///
 /// # Errors
 ///
-/// [`Invalid::PreviewDomain`].
-pub fn domain(name: &str, public_url: &str, preview_domain: &str) -> Result<String, Invalid> {
-    let is_label = |label: &str| {
-        let legal = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        (1..=MAX_LABEL).contains(&label.len())
-            && label.bytes().all(legal)
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    let is_address =
-        name.rsplit('.').next().is_none_or(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
-    let is_name =
-        name.len() <= MAX_DOMAIN && name.contains('.') && name.split('.').all(is_label) && !is_address;
-    let own = public_url.split_once("://").map_or(public_url, |(_, rest)| rest);
-    let own = own.split(['/', ':']).next().unwrap_or_default();
-    let is_under = name == preview_domain
-        || name
-            .strip_suffix(preview_domain)
-            .is_some_and(|rest| !preview_domain.is_empty() && rest.ends_with('.'));
-    if is_name && !is_under && !name.eq_ignore_ascii_case(own) {
-        Ok(name.to_owned())
-    } else {
-        Err(Invalid::PreviewDomain)
+/// [`Invalid::PreviewDomain`], [`Invalid::OwnName`].
+pub fn domain(
+    name: &str,
+    own_names: &[String],
+    public_url: &str,
+    preview_domain: &str,
+) -> Result<String, Invalid> {
+    let last = name.rsplit('.').next().unwrap_or_default();
+    let is_address = last.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_host_name(name) || !name.contains('.') || is_address {
+        return Err(Invalid::PreviewDomain);
     }
+    let always = [LOCALHOST.to_owned(), compared(preview_domain), compared(host_of(public_url))];
+    if always.iter().chain(own_names).any(|own| is_at_or_below(name, own)) {
+        return Err(Invalid::OwnName(name.to_owned()));
+    }
+    Ok(name.to_owned())
+}
+
+/// The host that a URL names; of an IPv6 address no more than a bracket.
+fn host_of(url: &str) -> &str {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    host.split(':').next().unwrap_or_default()
 }
 
 #[cfg(test)]

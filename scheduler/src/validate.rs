@@ -86,11 +86,12 @@ pub enum Invalid {
     /// It is no port.
     #[error("port must be 1 to 65535, not {0}")]
     Port(u32),
-    /// It is no host name that a preview can have.
-    #[error(
-        "domain must be a host name in lower case, with a dot, that is neither the gateway's nor under its preview domain"
-    )]
+    /// It is no host name that could lead anywhere.
+    #[error("domain must be a host name in lower case, with a dot")]
     PreviewDomain,
+    /// It is the mesh's own, or below what is.
+    #[error("domain: {0} is one of the mesh's own names, or below one, and no preview's")]
+    OwnName(String),
     /// There is no such way of asking for a token.
     #[error("the scheme of a preview's token is bearer, not {0:?}")]
     PreviewScheme(String),

@@ -364,6 +364,9 @@ pub struct UpArguments {
     /// Domain under which sandboxes' ports are reached, as ID-pPORT.DOMAIN [default: preview.localhost]
     #[arg(long, value_name = "DOMAIN")]
     pub preview_domain: Option<String>,
+    /// Host names of the mesh besides that of --public-url, separated by commas, each with all below it: no preview gets one
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub own_names: Vec<String>,
     /// Speak TLS with a certificate that is made here; `oc` on this machine trusts it
     #[arg(long, conflicts_with = "tls_cert")]
     pub tls: bool,

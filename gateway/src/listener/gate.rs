@@ -110,6 +110,8 @@ pub struct Gate<I> {
     /// connection would be reset, and the answer lost.
     linger: Duration,
     late: Option<Pin<Box<Sleep>>>,
+    /// Why whatever comes is refused, if it is.
+    refuses: Option<Problem>,
     end: End,
     ledger: Arc<Ledger>,
 }
@@ -137,9 +139,16 @@ impl<I> Gate<I> {
             head_within,
             linger,
             late: None,
+            refuses: None,
             end: End::Open,
             ledger: Arc::default(),
         }
+    }
+
+    /// Refuses whatever comes.
+    #[must_use]
+    pub fn refusing(self, problem: Problem) -> Self {
+        Self { refuses: Some(problem), ..self }
     }
 
     /// What is told to whoever answers.
@@ -161,7 +170,11 @@ impl<I> Gate<I> {
                         *known = rest.len();
                         break;
                     }
-                    match head::read(rest) {
+                    let read = head::read(rest);
+                    if let (Ok(Some(_)), Some(problem)) = (&read, self.refuses) {
+                        return Err(Refused::beginning(problem, rest));
+                    }
+                    match read {
                         Ok(Some(head)) => {
                             taken += head.length;
                             self.requests += 1;
@@ -232,7 +245,8 @@ impl<I> Gate<I> {
     }
 
     /// Puts a stand-in in the place of all that is held.
-    fn refuse(&mut self, refused: Refused) {
+    fn refuse(&mut self, mut refused: Refused) {
+        refused.problem = self.refuses.unwrap_or(refused.problem);
         // An answer to HEAD has no body.
         let method = if refused.request.method() == http::Method::HEAD { "HEAD" } else { "GET" };
         self.held = format!("{method} / HTTP/1.1\r\nconnection: close\r\n\r\n").into_bytes();
@@ -406,9 +420,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn requests_pass_as_they_are_up_to_one_that_is_refused() {
-        let good = "GET /a HTTP/1.1\r\n\r\nPOST /b HTTP/1.1\r\nContent-Length: 5\r\n\r\nGET /\
-                    PUT /c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nX\r\n\r\n0\r\n\r\nHEAD /d HTTP/1.1\r\n\r\n";
-        let bad = "POST /e HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /f HTTP/1.1\r\n\r\n";
+        let good = "GET /a HTTP/1.0\r\n\r\nPOST /b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nGET\n\n\
+                    PUT /c HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nX\r\n\r\n0\r\n\r\n\
+                    HEAD /d HTTP/1.1\r\nHost: x\r\n\r\n";
+        let bad = "POST /e HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\nHost: x\r\n\r\n\
+                   0\r\n\r\nGET /f HTTP/1.1\r\nHost: x\r\n\r\n";
         for (cut, room) in [(1, 7), (3, 1000), (1000, 1), (1000, 1000), (40, 40)] {
             let (mut client, mut gate) = gate();
             let mut come = String::new();
@@ -426,10 +442,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_follows_an_upgrade_waits_for_its_answer() {
-        let asks = "GET /ws HTTP/1.1\r\nUpgrade: websocket\r\n\r\n";
+        let asks = "GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n";
+        let another = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
         for (status, frames, come) in [
             (StatusCode::SWITCHING_PROTOCOLS, "\x01 no HTTP", "\x01 no HTTP"),
-            (StatusCode::FORBIDDEN, "GET / HTTP/1.1\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"),
+            (StatusCode::FORBIDDEN, another, another),
             (StatusCode::FORBIDDEN, "\x01 no HTTP", STAND_IN),
         ] {
             let (mut client, mut gate) = gate();
@@ -464,9 +481,32 @@ mod tests {
         }
         // Between two requests nothing is waited for.
         let (mut client, mut gate) = gate();
-        client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         through(&mut gate, 100).await;
         assert!(tokio::time::timeout(WITHIN * 3, gate.read_u8()).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_gate_that_refuses_everything_waits_for_a_head_and_lets_none_pass() {
+        for (head, rest, path) in [
+            ("GET /x HTTP/1.1\r\nHost: x\r", "\n\r\n", "/x"),
+            ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "", "*"),
+            ("POST /x HTTP/1.1\r\n", "", "/x"),
+        ] {
+            let (mut client, gate) = gate();
+            let mut gate = gate.refusing(Problem::WithoutTls);
+            client.write_all(head.as_bytes()).await.unwrap();
+            if !rest.is_empty() {
+                assert_eq!(through(&mut gate, 100).await, "");
+            }
+            client.write_all(rest.as_bytes()).await.unwrap();
+            let mut come = vec![0; STAND_IN.len()];
+            gate.read_exact(&mut come).await.unwrap();
+            assert_eq!(come, STAND_IN.as_bytes());
+            let ledger = gate.ledger();
+            let refused = ledger.refused(1).unwrap();
+            assert_eq!((refused.problem, refused.request.uri().path()), (Problem::WithoutTls, path));
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -484,8 +524,9 @@ mod tests {
     proptest! {
         #[test]
         fn what_passes_does_not_depend_on_how_it_is_cut(
-            bytes in "(GET / HTTP/1.1\r\n\r\n|POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\n|\
-                      POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n|1\r\nx\r\n0\r\n\r\n|[a\r\n]){0,12}",
+            bytes in "(GET / HTTP/1.0\r\n\r\n|POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n|\
+                      POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n|\
+                      1\r\nx\r\n0\r\n\r\n|[a\r\n]){0,12}",
             cut in 1_usize..30,
         ) {
             let passes = |cut: usize| {

@@ -2,13 +2,13 @@
 //!
 //! hyper answers what it cannot read by itself, with a bare status, and takes a request that says in two ways how long its body
 //! is for one that says it in one: nothing behind hyper can see or log either. So whatever hyper would refuse is refused here, with
-//! the same parser and the same limits, and with it what two parsers could read in two ways (RFC 9112, 6.3 and 11.2).
+//! the same parser and the same limits, and with it what two parsers could read in two ways (RFC 9112, 2.2, 3.2, 6.3 and 11.2).
 
 use std::mem::MaybeUninit;
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Uri,
-    header::{CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE},
+    header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE},
 };
 use httparse::{EMPTY_HEADER, Header, Status};
 use oc_mesh::error::Reason;
@@ -34,6 +34,12 @@ pub enum Problem {
     /// It is not of this form.
     #[error("this is no request of HTTP/1.1: {0}")]
     Form(httparse::Error),
+    /// One of its lines has an end that not everybody takes for one.
+    #[error("a line of a request's head ends with CR LF, not with LF alone")]
+    LineEnd,
+    /// It does not say, or says twice, which host it is for.
+    #[error("a request has one Host, which it may lack in HTTP/1.0 alone")]
+    Host,
     /// Its target is no URI.
     #[error("the request's target is no URI")]
     Target,
@@ -52,6 +58,9 @@ pub enum Problem {
     /// Its body is encoded in a way that is not read.
     #[error("a request's Transfer-Encoding is `chunked`, once, and not in HTTP/1.0")]
     Encoding,
+    /// It came as it is to a port that speaks TLS.
+    #[error("this port speaks TLS: use https://")]
+    WithoutTls,
     /// It did not come.
     #[error("the rest of the request's head did not come in time")]
     Late,
@@ -152,7 +161,13 @@ pub fn read(bytes: &[u8]) -> Result<Option<Head>, Box<Refused>> {
     }
     let mut storage = [const { MaybeUninit::uninit() }; MAX_FIELDS];
     let mut head = httparse::Request::new(&mut []);
-    let judged = match head.parse_with_uninit_headers(bytes, &mut storage) {
+    let parsed = head.parse_with_uninit_headers(bytes, &mut storage);
+    let so_far = match parsed {
+        Ok(Status::Complete(length)) => &bytes[..length],
+        _ => bytes,
+    };
+    let judged = match parsed {
+        Ok(_) if has_bare_line_feed(so_far) => Err(Problem::LineEnd),
         Ok(Status::Complete(length)) if length <= MAX_BYTES => judge(&head).map(|behind| (length, behind)),
         Ok(Status::Partial) if bytes.len() < MAX_BYTES => return Ok(None),
         Ok(_) | Err(httparse::Error::TooManyHeaders) => Err(Problem::TooLarge),
@@ -172,7 +187,7 @@ fn judge(head: &httparse::Request<'_, '_>) -> Result<(Body, bool), Problem> {
         return Err(Problem::TargetTooLong);
     }
     Uri::try_from(target).map_err(|_| Problem::Target)?;
-    let (mut length, mut is_chunked) = (None, false);
+    let (mut length, mut is_chunked, mut hosts) = (None, false, 0);
     let mut may_switch = head.method == Some("CONNECT");
     for field in &*head.headers {
         if field.name.len() > MAX_NAME {
@@ -192,7 +207,12 @@ fn judge(head: &httparse::Request<'_, '_>) -> Result<(Body, bool), Problem> {
             length = Some(told);
         } else if is(UPGRADE) {
             may_switch |= is_http11;
+        } else if is(HOST) {
+            hosts += 1;
         }
+    }
+    if hosts > 1 || hosts == 0 && is_http11 {
+        return Err(Problem::Host);
     }
     match (is_chunked, length) {
         (true, Some(_)) => Err(Problem::TwoFramings),
@@ -206,6 +226,16 @@ fn number(value: &[u8]) -> Option<u64> {
     let is_number = !value.is_empty() && value.iter().all(u8::is_ascii_digit);
     let text = std::str::from_utf8(value).ok().filter(|_| is_number)?;
     text.parse().ok().filter(|length| *length <= MAX_LENGTH)
+}
+
+/// Whether a line ends with LF alone. Looked through to the end, which can be done many bytes at a time.
+fn has_bare_line_feed(head: &[u8]) -> bool {
+    let behind = head.get(1..).unwrap_or_default();
+    let begins_with_one = head.first() == Some(&b'\n');
+    behind
+        .iter()
+        .zip(head)
+        .fold(begins_with_one, |found, (byte, before)| found | (*byte == b'\n') & (*before != b'\r'))
 }
 
 /// Whether a line without anything, which ends a head, is among the bytes from `from` on.
@@ -234,16 +264,22 @@ mod tests {
     fn a_head_says_what_is_behind_it() {
         let chunked = Body::Chunked(Chunks::default());
         for (head, body, may_switch) in [
-            ("GET / HTTP/1.1\r\n\r\n", Body::Length(0), false),
-            ("\r\nGET / HTTP/1.0\nHost: x\n\n", Body::Length(0), false),
-            ("PUT /x HTTP/1.1\r\ncontent-LENGTH:  12 \r\n\r\n", Body::Length(12), false),
-            ("PUT /x HTTP/1.1\r\nContent-Length: 12\r\nContent-Length: 012\r\n\r\n", Body::Length(12), false),
-            ("PUT /x HTTP/1.1\r\nTransfer-Encoding: CHUNKED\r\n\r\n", chunked, false),
-            ("GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n", Body::Length(0), true),
+            ("GET / HTTP/1.1\r\nhost:\r\n\r\n", Body::Length(0), false),
+            ("\r\nGET / HTTP/1.0\r\nHost: x\r\n\r\n", Body::Length(0), false),
+            ("GET / HTTP/1.0\r\n\r\n", Body::Length(0), false),
+            ("PUT /x HTTP/1.1\r\nHost: x\r\ncontent-LENGTH:  12 \r\n\r\n", Body::Length(12), false),
+            (
+                "PUT /x HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\nContent-Length: 012\r\n\r\n",
+                Body::Length(12),
+                false,
+            ),
+            ("PUT /x HTTP/1.1\r\nTransfer-Encoding: CHUNKED\r\nHost: x\r\n\r\n", chunked, false),
+            ("GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n", Body::Length(0), true),
             ("GET / HTTP/1.0\r\nUpgrade: websocket\r\n\r\n", Body::Length(0), false),
-            ("CONNECT x:80 HTTP/1.1\r\n\r\n", Body::Length(0), true),
+            ("CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n", Body::Length(0), true),
         ] {
-            for rest in ["", "\r\n\r\n"] {
+            // What comes behind it has ends of lines of its own.
+            for rest in ["", "\r\n\r\n", "\nx\n\n"] {
                 let read = read(format!("{head}{rest}").as_bytes()).unwrap();
                 assert_eq!(read, Some(Head { length: head.len(), body, may_switch }), "{head:?}");
             }
@@ -282,6 +318,32 @@ mod tests {
     }
 
     #[test]
+    fn a_head_names_one_host() {
+        for version in ["HTTP/1.0", "HTTP/1.1"] {
+            let problem = |fields: &str| problem(&format!("GET http://x/ {version}\r\n{fields}\r\n"));
+            assert_eq!(problem("Host: x\r\nhost: x\r\n"), Problem::Host);
+            assert_eq!(problem("Host: x\r\nA: b\r\nHost: y\r\n"), Problem::Host);
+        }
+        assert_eq!(problem("GET http://x/ HTTP/1.1\r\nX-Host: x\r\n\r\n"), Problem::Host);
+        assert_eq!(problem("GET / HTTP/1.1\r\n\r\n"), Problem::Host);
+    }
+
+    #[test]
+    fn a_line_that_ends_with_lf_alone_is_refused_as_soon_as_it_is_there() {
+        let good = "\r\nGET / HTTP/1.1\r\nHost: x\r\nA: b\r\n\r\n";
+        for (at, _) in good.match_indices("\r\n") {
+            let mut head = good.to_owned();
+            head.remove(at);
+            assert_eq!(problem(&head), Problem::LineEnd, "{head:?}");
+            assert_eq!(problem(&head[..=at]), Problem::LineEnd, "{head:?}");
+        }
+        assert_eq!(problem(&good.replace('\r', "")), Problem::LineEnd);
+        assert_eq!(problem("\n"), Problem::LineEnd);
+        let refused = read(b"GET /x HTTP/1.1\nHost: a\n\n").unwrap_err().request;
+        assert!(refused.uri().path() == "/x" && refused.headers()["host"] == "a");
+    }
+
+    #[test]
     fn what_cannot_be_read_is_refused_at_once() {
         for (head, reason) in [
             ("\x16\x03\x01\x02".to_owned(), Reason::InvalidArgument),
@@ -298,14 +360,14 @@ mod tests {
         ] {
             assert_eq!(problem(&head).reason(), reason, "{:.80}", head);
         }
-        let most = format!("GET / HTTP/1.1\r\n{}\r\n", "x: y\r\n".repeat(MAX_FIELDS));
+        let most = format!("GET / HTTP/1.0\r\n{}\r\n", "x: y\r\n".repeat(MAX_FIELDS));
         assert!(read(most.as_bytes()).unwrap().is_some());
     }
 
     proptest! {
         #[test]
-        fn a_head_ends_where_it_may_end(lines in "[ax:\r\n]{0,30}", from in 0_usize..40) {
-            let head = format!("GET / HTTP/1.1\r\n{lines}");
+        fn a_head_ends_where_it_may_end(lines in "(a:x\r\n|\r\n|[ax:\r\n]){0,10}", from in 0_usize..40) {
+            let head = format!("GET / HTTP/1.0\r\n{lines}");
             let ends = |from: usize| may_end(head.as_bytes(), from);
             if let Ok(Some(read)) = read(head.as_bytes()) {
                 prop_assert!(ends(0) && ends(read.length - 1));

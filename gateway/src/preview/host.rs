@@ -2,12 +2,19 @@
 //!
 //! A preview stands behind the same address as the API, so the host name alone decides. What names two hosts, or names its
 //! host in the request's target, is refused: a proxy in front of us may have decided by the other one.
+//!
+//! A tenant may have a host name lead to a preview; never one of the mesh's own, by which its clients send their API keys.
+
+use std::sync::Arc;
 
 use http::{HeaderValue, Method, Request, Version, header::HOST};
-use oc_mesh::view::View;
+use oc_mesh::{
+    host_name::{LOCALHOST, is_at_or_below},
+    view::View,
+};
 use oc_proto::mesh::PreviewDomain;
 
-use crate::ws::handshake;
+use crate::{tls::Certificates, ws::handshake};
 
 /// What a request is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,21 +48,43 @@ pub enum Malformed {
     Target,
 }
 
+/// Host names that are the mesh's own, besides those that are so without being named.
+#[derive(Debug, Clone, Default)]
+pub struct OwnNames {
+    /// Each for itself and every name below it, in lower case.
+    pub named: Vec<String>,
+    /// What the default one names in full, for itself alone.
+    pub certificates: Option<Arc<Certificates>>,
+}
+
+impl OwnNames {
+    fn has(&self, name: &str) -> bool {
+        let is_shown = || self.certificates.as_ref().is_some_and(|pairs| pairs.names_by_default(name));
+        self.named.iter().any(|own| is_at_or_below(name, own)) || is_shown()
+    }
+}
+
 /// The host names that lead to previews.
 #[derive(Debug)]
 pub struct Hosts {
     domain: String,
     gateway: Option<String>,
-    own: View<PreviewDomain>,
+    claims: View<PreviewDomain>,
+    own_names: OwnNames,
 }
 
 impl Hosts {
-    /// Names under `domain`, and those in `own`, but for the gateway's.
+    /// Names under `domain`, and those in `claims`, but for the mesh's own.
     #[must_use]
-    pub fn new(domain: &str, public_url: &str, own: View<PreviewDomain>) -> Self {
+    pub fn new(domain: &str, public_url: &str, claims: View<PreviewDomain>) -> Self {
         let gateway = public_url.parse::<http::Uri>().ok();
-        let gateway = gateway.and_then(|url| url.host().map(str::to_ascii_lowercase));
-        Self { domain: domain.to_ascii_lowercase(), gateway, own }
+        let gateway = gateway.and_then(|url| Some(name_of(url.host()?)?.to_ascii_lowercase()));
+        Self { domain: domain.to_ascii_lowercase(), gateway, claims, own_names: OwnNames::default() }
+    }
+
+    /// Has these lead to no preview, whatever is claimed.
+    pub fn reserve(&mut self, own_names: OwnNames) {
+        self.own_names = own_names;
     }
 
     /// The domain of ports' host names.
@@ -116,8 +145,15 @@ impl Hosts {
                 return Some(Place::Port { sandbox_id: name, port });
             }
         }
-        let claim = self.own.get(&name)?;
-        Some(Place::Own { sandbox_id: claim.sandbox_id.clone(), domain: name })
+        let claim = self.claims.get(&name)?;
+        // It may be older than the option, or a scheduler's that was told otherwise.
+        (!self.is_own(&name)).then(|| Place::Own { sandbox_id: claim.sandbox_id.clone(), domain: name })
+    }
+
+    /// Whether a name is the mesh's own, if it is not the preview domain or below it.
+    fn is_own(&self, name: &str) -> bool {
+        let mut always = std::iter::once(LOCALHOST).chain(self.gateway.as_deref());
+        always.any(|own| is_at_or_below(name, own)) || self.own_names.has(name)
     }
 }
 
@@ -148,8 +184,6 @@ fn port_of(label: &str) -> Option<(&str, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use hyper::ext::Protocol;
     use oc_mesh::{
         keys, record,
@@ -158,18 +192,43 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::tls::Files;
+
+    // All are claimed: those that are nobody else's, and the mesh's own, always, by `--own-names`, and by its certificate.
+    const TENANTS: [&str; 6] = [
+        "app.example",
+        "xgate.example",
+        "xapi.example",
+        "api.example.org",
+        "below.shown.example",
+        "below.wild.example",
+    ];
+    const ALWAYS_OWN: [&str; 4] = ["gate.example", "a.b.gate.example", "localhost", "below.localhost"];
+    const NAMED: [&str; 2] = ["api.example", "a.b.api.example"];
+    const SHOWN: [&str; 1] = ["shown.example"];
 
     async fn hosts() -> Hosts {
         let directory = tempfile::tempdir().unwrap();
         let url = format!("file://{}", directory.path().join("store.db").display());
         let store = store::open(&url).await.unwrap();
         let claim = PreviewDomain { sandbox_id: "sb-own".into(), claimed_at: None };
-        let then = ["app.example", "gate.example"]
-            .map(|name| record::put(keys::preview_domain(name), &claim))
-            .to_vec();
+        let names = TENANTS.into_iter().chain(ALWAYS_OWN).chain(NAMED).chain(SHOWN);
+        let then = names.map(|name| record::put(keys::preview_domain(name), &claim)).collect();
         store.txn(Txn { compare: vec![], then }).await.unwrap();
-        let own = View::start(Arc::clone(&store), keys::PREVIEW_DOMAINS, CancellationToken::new());
-        Hosts::new("preview.localhost", "https://gate.example:8443/x", own.await.unwrap())
+        let claims = View::start(Arc::clone(&store), keys::PREVIEW_DOMAINS, CancellationToken::new());
+        Hosts::new("preview.localhost", "https://Gate.example.:8443/x", claims.await.unwrap())
+    }
+
+    /// A default certificate for `shown.example`.
+    fn certificates() -> Arc<Certificates> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let names = ["Shown.example", "*.wild.example"].map(str::to_owned);
+        let made = rcgen::generate_simple_self_signed(names).unwrap();
+        std::fs::write(path("server.crt"), made.cert.pem()).unwrap();
+        std::fs::write(path("server.key"), made.signing_key.serialize_pem()).unwrap();
+        let files = Files { certificate: path("server.crt"), key: path("server.key"), directory: None };
+        Certificates::load(files).unwrap()
     }
 
     fn request(version: Version, target: &str, hosts: &[&str]) -> Request<()> {
@@ -209,6 +268,32 @@ mod tests {
         for api in ["localhost:8080", "127.0.0.1", "[::1]:8080", "gate.example", "xpreview.localhost", ""] {
             assert_eq!(at(api), None, "{api}");
         }
+    }
+
+    #[tokio::test]
+    async fn the_meshs_own_names_lead_to_no_sandbox_whatever_is_claimed() {
+        let mut hosts = hosts().await;
+        let leads = |hosts: &Hosts, name: &str| match hosts.place(&request(Version::HTTP_11, "/", &[name])) {
+            None => false,
+            Some(Ok(Place::Own { domain, .. })) if domain == name.to_ascii_lowercase() => true,
+            other => panic!("{name}: {other:?}"),
+        };
+        for name in TENANTS.into_iter().chain(NAMED).chain(SHOWN) {
+            assert!(leads(&hosts, name), "{name}");
+        }
+        hosts.reserve(OwnNames { named: vec!["api.example".into()], certificates: Some(certificates()) });
+        for name in TENANTS {
+            assert!(leads(&hosts, name), "{name}");
+        }
+        for name in ALWAYS_OWN.into_iter().chain(NAMED).chain(SHOWN) {
+            for name in [name.to_owned(), name.to_ascii_uppercase(), format!("{name}.:443")] {
+                assert!(!leads(&hosts, &name), "{name}");
+            }
+        }
+        // Ports are reached below the preview domain all the same.
+        hosts.reserve(OwnNames { named: vec!["localhost".into()], certificates: None });
+        let port = hosts.place(&request(Version::HTTP_11, "/", &["sb-1-p80.preview.localhost"]));
+        assert_eq!(port, Some(Ok(Place::Port { sandbox_id: "sb-1".into(), port: 80 })));
     }
 
     #[tokio::test]

@@ -192,12 +192,19 @@ impl<'a> To<'a> {
             match line.send(request, until).await {
                 Ok(answer) => return Ok((line, answer)),
                 Err(Unanswered::Broken(error)) => request = self.may_repeat(*error, is_kept, again)?,
-                Err(Unanswered::Late) => {
-                    let text = format!("port {}: no answer within {} s", self.port, limits.answer.as_secs());
-                    return Err(status(Reason::DeadlineExceeded, text));
-                }
+                Err(Unanswered::Late) => return Err(self.late(movement, &line)),
             }
         }
+    }
+
+    /// Why there is no answer in time: the port cannot answer what the client does not send.
+    fn late(&self, movement: Option<&Movement>, line: &Line) -> Status {
+        let within = self.app.previews.limits.answer.as_secs();
+        if movement.is_some_and(Movement::is_awaited) && !line.has_unsent() {
+            let text = format!("nothing more of the request came within {within} s");
+            return status(Reason::RequestTimeout, text);
+        }
+        status(Reason::DeadlineExceeded, format!("port {}: no answer within {within} s", self.port))
     }
 
     fn may_repeat(

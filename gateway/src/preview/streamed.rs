@@ -27,12 +27,14 @@ pub struct Movement(Arc<Moved>);
 #[derive(Debug)]
 struct Moved {
     last: Mutex<Instant>,
+    is_awaited: AtomicBool,
     is_over: AtomicBool,
 }
 
 impl Default for Movement {
     fn default() -> Self {
-        Self(Arc::new(Moved { last: Mutex::new(Instant::now()), is_over: AtomicBool::new(false) }))
+        let (is_awaited, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self(Arc::new(Moved { last: Mutex::new(Instant::now()), is_awaited, is_over }))
     }
 }
 
@@ -46,6 +48,12 @@ impl Movement {
     #[must_use]
     pub fn last(&self) -> Instant {
         *self.0.last.lock()
+    }
+
+    /// Whether whoever it comes from has been asked for more, and has not sent it.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        self.0.is_awaited.load(Ordering::Relaxed) && !self.is_over()
     }
 
     /// Whether there is no more of it to come.
@@ -105,8 +113,11 @@ impl HttpBody for Upload {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let polled = Pin::new(&mut self.inner).poll_frame(context);
-        if let (Some(movement), Poll::Ready(_)) = (&self.movement, &polled) {
-            movement.note();
+        if let Some(movement) = &self.movement {
+            movement.0.is_awaited.store(polled.is_pending(), Ordering::Relaxed);
+            if polled.is_ready() {
+                movement.note();
+            }
         }
         polled
     }

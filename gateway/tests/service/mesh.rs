@@ -157,6 +157,7 @@ impl Mesh {
             max_requests: 4096,
             websockets: ws::Limits::default(),
             preview_domain: preview::DEFAULT_DOMAIN.into(),
+            own_names: preview::host::OwnNames::default(),
             previews: preview::Limits::default(),
             allowed_origins: vec!["*".into()],
             trusted_proxies: vec![],

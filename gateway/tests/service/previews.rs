@@ -424,6 +424,65 @@ async fn ports_that_misbehave_are_told_and_none_hangs() {
     }
 }
 
+#[tokio::test]
+async fn a_client_that_stops_amid_its_upload_is_told_so() {
+    let change = |settings: &mut Settings| {
+        settings.previews.answer = Duration::from_millis(300);
+        settings.linger = Duration::from_millis(50);
+    };
+    for mesh in both_ways(change).await {
+        let server = Server::start().await;
+        let name = host(SANDBOX, server.port);
+        for body in [
+            "Content-Length: 9\r\n\r\nsome",
+            "Content-Length: 9\r\n\r\n",
+            "Transfer-Encoding: chunked\r\n\r\n4\r\nso",
+        ] {
+            let answer = raw(&mesh, &format!("POST /echo HTTP/1.1\r\nHost: {name}\r\n{body}")).await;
+            assert!(
+                answer.starts_with("HTTP/1.1 408 ") && answer.contains("REQUEST_TIMEOUT"),
+                "{body}: {answer}"
+            );
+            assert!(
+                answer.contains("\r\nconnection: close\r\n") && answer.contains("\r\nx-request-id: "),
+                "{answer}"
+            );
+        }
+        let (sender, receiver) = mpsc::channel::<Result<Frame<Bytes>, Infallible>>(1);
+        let mut http2 = Http2::over(TcpStream::connect(mesh.address).await.unwrap()).await;
+        let body = Body::new(StreamBody::new(ReceiverStream::new(receiver)));
+        let asked = Request::post(format!("http://{name}/echo")).body(body).unwrap();
+        sender.send(Ok(Frame::data("some".into()))).await.unwrap();
+        let answer = tokio::time::timeout(PATIENCE, http2.sender.send_request(asked)).await.unwrap();
+        assert_eq!(collect(answer.unwrap()).await.error(), (408, "REQUEST_TIMEOUT".into()));
+    }
+}
+
+#[tokio::test]
+async fn a_port_that_stops_amid_an_upload_is_what_is_told_of() {
+    let change = |settings: &mut Settings| {
+        settings.previews.answer = Duration::from_millis(300);
+        settings.linger = PATIENCE;
+    };
+    for mesh in both_ways(change).await {
+        let server = Server::start().await;
+        let name = host(SANDBOX, server.port);
+        // All of it is there, or more than the port takes.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let deaf = host(SANDBOX, listener.local_addr().unwrap().port());
+        for (name, path, pieces) in [(&name, "/never", 1), (&deaf, "/", 48)] {
+            let piece = Bytes::from(vec![7; 1 << 20]);
+            let frames = (0..pieces).map(move |_| Ok::<_, tonic::Status>(Frame::data(piece.clone())));
+            let body = Body::new(StreamBody::new(futures_util::stream::iter(frames)));
+            let mut asked = request(&mesh, false, name, path, &[], body);
+            *asked.method_mut() = Method::POST;
+            let answer = tokio::time::timeout(PATIENCE, client(false).request(asked)).await.unwrap();
+            let answer = collect(answer.unwrap()).await;
+            assert_eq!(answer.error(), (504, "DEADLINE_EXCEEDED".into()), "{path}");
+        }
+    }
+}
+
 const UPLOADED: usize = 3 << 20;
 
 /// A port that answers as soon as it knows what is asked, and reads the rest then, if it does; the rest.
@@ -447,6 +506,19 @@ async fn hasty(answer: &'static str, reads_on: bool) -> (u16, JoinHandle<usize>)
         read.len() - body
     });
     (port, serving)
+}
+
+#[tokio::test]
+async fn an_answer_that_falls_silent_is_broken_off() {
+    for mesh in both_ways(|settings| settings.previews.silence = Duration::from_millis(300)).await {
+        let (port, _serving) = hasty("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf", false).await;
+        let asked = request(&mesh, false, &host(SANDBOX, port), "/", &[], Body::empty());
+        let answered = tokio::time::timeout(PATIENCE, client(false).request(asked)).await.unwrap();
+        // It may break before its head is on the way.
+        if let Ok(answer) = answered {
+            assert!(tokio::time::timeout(PATIENCE, answer.into_body().collect()).await.unwrap().is_err());
+        }
+    }
 }
 
 #[tokio::test]

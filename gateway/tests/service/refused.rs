@@ -145,6 +145,62 @@ async fn as_many_fields_are_taken_as_the_limit_says() {
 }
 
 #[tokio::test]
+async fn a_request_of_http10_needs_no_host() {
+    let mesh = Mesh::start().await;
+    let answer = raw(&mesh, "GET /healthz HTTP/1.0\r\n\r\n").await;
+    assert!(answer.split(' ').nth(1) == Some("200") && answer.ends_with("\r\n\r\nok\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn what_two_parsers_could_split_in_two_ways_reaches_nobody() {
+    let (mesh, server) = (patient().await, Server::start().await);
+    let name = preview(SANDBOX, server.port);
+    for head in [
+        format!("GET /echo HTTP/1.1\nHost: {name}\n\n"),
+        format!("GET /echo HTTP/1.1\r\nHost: {name}\nX: y\r\n\r\n"),
+        format!("POST /echo HTTP/1.1\r\nHost: {name}\r\nX: y\nContent-Length: 40\r\n\r\n"),
+        format!("GET /echo HTTP/1.1\r\nHost: {name}\r\n\n"),
+        format!("\nGET /echo HTTP/1.1\r\nHost: {name}\r\n\r\n"),
+    ] {
+        let answer = raw(&mesh, format!("{head}GET /echo HTTP/1.1\r\nHost: {name}\r\n\r\n")).await;
+        let (status, code, _) = read(&answer);
+        assert_eq!((status, code.as_str()), (400, "INVALID_ARGUMENT"), "{head:?}: {answer}");
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{head:?}: {answer}");
+    }
+    assert_eq!(server.connections(), 0);
+}
+
+#[tokio::test]
+async fn http2_that_breaks_its_rules_is_logged_with_its_peer() {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
+    let mut mesh = Mesh::start().await;
+    let gateway = Gateway::start(&mut mesh).await;
+    for wrong in [
+        // Data of no stream, a ping that is too short, and what is no frame.
+        &b"\0\0\x01\0\0\0\0\0\0x"[..],
+        b"\0\0\x01\x06\0\0\0\0\0x",
+        &b"x".repeat(64),
+    ] {
+        let mut stream = TcpStream::connect(mesh.address).await.unwrap();
+        stream.write_all(&[PREFACE, SETTINGS, wrong].concat()).await.unwrap();
+        let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.expect("it hangs");
+    }
+    // Who goes as anybody may is not told of.
+    let mut stream = TcpStream::connect(mesh.address).await.unwrap();
+    stream.write_all(&[PREFACE, SETTINGS].concat()).await.unwrap();
+    drop(stream);
+    let log = gateway.stop().await;
+    let lines = log.iter().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let given_up: Vec<_> = lines.filter(|line| line["fault"].is_string()).collect();
+    assert_eq!(given_up.len(), 3, "{log:#?}");
+    assert!(
+        given_up.iter().all(|line| line["peer"] == "127.0.0.1" && line["level"] == "INFO"),
+        "{given_up:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_head_that_stops_is_answered() {
     let limits = Limits { header_timeout: Duration::from_millis(300), ..Limits::default() };
     let mesh = Mesh::with_limits(limits, 4096).await;
@@ -220,6 +276,10 @@ async fn everything_that_is_refused_is_logged_with_its_id() {
     case("authority", get(&format!("{name}:80"), &name).replace("GET", "CONNECT"), 400, "INVALID_ARGUMENT");
     case("authority, no preview", get("x:80", "localhost").replace("GET", "CONNECT"), 404, "ROUTE_NOT_FOUND");
     case("two hosts", get("/", &format!("localhost\r\nHost: {name}")), 400, "INVALID_ARGUMENT");
+    case("two hosts, no preview", get("/healthz", "localhost\r\nHost: x"), 400, "INVALID_ARGUMENT");
+    case("no host", get("/healthz", "x").replace("Host: x\r\n", ""), 400, "INVALID_ARGUMENT");
+    case("lines that end with LF", get("/", &name).replace('\r', ""), 400, "INVALID_ARGUMENT");
+    case("a line that ends with LF", get("/healthz", "localhost\nX: y"), 400, "INVALID_ARGUMENT");
     let chunked = format!("POST /echo HTTP/1.1\r\nHost: {name}\r\nTransfer-Encoding: chunked\r\n\r\n");
     case("chunks that are none", format!("{chunked}5\r\nabcdeX"), 400, "INVALID_ARGUMENT");
     case("no port's name", get("/", "x.preview.localhost"), 404, "PREVIEW_NOT_FOUND");

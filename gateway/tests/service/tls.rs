@@ -1,6 +1,6 @@
 //! All that the gateway speaks, by TLS.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{Request, header::CONTENT_TYPE};
@@ -33,9 +33,19 @@ use crate::{
 struct Bed {
     mesh: Mesh,
     address: SocketAddr,
+    certificates: Arc<Certificates>,
     roots: RootCertStore,
     default: CertificateDer<'static>,
     own: CertificateDer<'static>,
+}
+
+/// Writes a pair for these names.
+fn write(directory: &Path, stem: &str, names: &[&str]) -> CertificateDer<'static> {
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let made = rcgen::generate_simple_self_signed(names).unwrap();
+    std::fs::write(directory.join(format!("{stem}.crt")), made.cert.pem()).unwrap();
+    std::fs::write(directory.join(format!("{stem}.key")), made.signing_key.serialize_pem()).unwrap();
+    made.cert.der().clone()
 }
 
 impl Bed {
@@ -46,22 +56,16 @@ impl Bed {
     async fn with(limits: Limits) -> Self {
         let mut mesh = Mesh::start().await;
         let directory = mesh.directory.path().to_owned();
-        let write = |stem: &str, names: &[&str]| {
-            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-            let made = rcgen::generate_simple_self_signed(names).unwrap();
-            std::fs::write(directory.join(format!("{stem}.crt")), made.cert.pem()).unwrap();
-            std::fs::write(directory.join(format!("{stem}.key")), made.signing_key.serialize_pem()).unwrap();
-            made.cert.der().clone()
-        };
-        let default = write("server", &["localhost", "*.preview.localhost"]);
+        let default = write(&directory, "server", &["localhost", "*.preview.localhost"]);
         std::fs::create_dir(directory.join("own")).unwrap();
-        let own = write("own/app.example", &["app.example"]);
+        let own = write(&directory, "own/app.example", &["app.example"]);
         let files = Files {
             certificate: directory.join("server.crt"),
             key: directory.join("server.key"),
             directory: Some(directory.join("own")),
         };
-        let tls = Certificates::load(files).unwrap().server().unwrap();
+        let certificates = Certificates::load(files).unwrap();
+        let tls = certificates.server().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let app = Arc::clone(&mesh.app);
@@ -72,7 +76,7 @@ impl Bed {
         for certificate in [&default, &own] {
             roots.add(certificate.clone()).unwrap();
         }
-        Self { mesh, address, roots, default, own }
+        Self { mesh, address, certificates, roots, default, own }
     }
 
     async fn connect(&self, name: &str, protocol: &str) -> TlsStream<TcpStream> {
@@ -100,6 +104,41 @@ async fn who_says_nothing_by_tls_is_hung_up_on() {
         let ended = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await;
         assert!(ended.is_ok(), "{protocol} goes on after {beginning:?}");
     }
+}
+
+#[tokio::test]
+async fn who_asks_without_tls_is_told_of_it() {
+    let bed = Bed::new().await;
+    let upload = format!("POST /x HTTP/1.1\r\nContent-Length: {}\r\n\r\n{}", 1 << 20, "x".repeat(1 << 20));
+    for asked in [
+        "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "HEAD /healthz HTTP/1.0\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        &upload,
+    ] {
+        let mut stream = TcpStream::connect(bed.address).await.unwrap();
+        let mut answer = Vec::new();
+        let talk = async {
+            let (mut read, mut write) = stream.split();
+            let (_, ended) = tokio::join!(write.write_all(asked.as_bytes()), read.read_to_end(&mut answer));
+            ended.unwrap();
+        };
+        tokio::time::timeout(PATIENCE, talk).await.expect("it hangs");
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(
+            head.starts_with("HTTP/1.1 400 ") && head.contains("\r\nx-request-id: "),
+            "{asked:.20}: {head}"
+        );
+        assert!(head.contains("\r\ncontent-type: text/plain"), "{asked:.20}: {head}");
+        assert_eq!(body.contains("https://"), !asked.starts_with("HEAD"), "{asked:.20}: {answer}");
+    }
+    // What is neither gets no answer that it could take for one of its own.
+    let mut stream = TcpStream::connect(bed.address).await.unwrap();
+    stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("it hangs");
+    assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
 }
 
 #[tokio::test]
@@ -186,4 +225,29 @@ async fn the_name_that_is_asked_for_chooses_the_certificate() {
         let stream = bed.connect(name, "http/1.1").await;
         assert_eq!(stream.get_ref().1.peer_certificates().unwrap()[0], *certificate, "{name}");
     }
+}
+
+#[tokio::test]
+async fn new_certificates_come_into_use_while_connections_go_on() {
+    let mut bed = Bed::new().await;
+    let (certificates, stop) = (Arc::clone(&bed.certificates), bed.mesh.stop.clone());
+    bed.mesh.tasks.spawn(certificates.follow(stop));
+    let mut before = Http2::over(bed.connect("localhost", "h2").await).await;
+    assert_eq!(before.get("https://localhost/healthz").await.status, 200);
+
+    let renewed = write(bed.mesh.directory.path(), "server", &["localhost"]);
+    bed.roots.add(renewed.clone()).unwrap();
+    let shown = async {
+        let mut shown = bed.default.clone();
+        while shown != renewed {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let stream = bed.connect("localhost", "http/1.1").await;
+            shown = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
+        }
+    };
+    tokio::time::timeout(PATIENCE, shown).await.expect("the old certificate is still shown");
+    assert_eq!(before.get("https://localhost/healthz").await.status, 200);
+    // Those of other names are what they were.
+    let stream = bed.connect("app.example", "http/1.1").await;
+    assert_eq!(stream.get_ref().1.peer_certificates().unwrap()[0], bed.own);
 }

@@ -1,16 +1,18 @@
 use std::sync::Arc;
 
 use oc_mesh::{
+    caller::Caller,
     clock::ManualClock,
-    error::Reason,
+    error::{Reason, reason_of},
     store::{self, Txn},
 };
-use oc_proto::v1::SandboxState;
+use oc_proto::v1::{CreatePreviewRequest, SandboxState, preview_service_server::PreviewService as _};
 use tempfile::TempDir;
 use tokio_util::sync::DropGuard;
+use tonic::Request;
 
 use super::*;
-use crate::{quota::Quota, sandbox_id::SandboxId};
+use crate::{quota::Quota, rpc::previews::PreviewRpc, sandbox_id::SandboxId};
 
 struct Bed {
     previews: Previews,
@@ -154,17 +156,14 @@ async fn what_a_dead_scheduler_or_a_deleted_sandbox_left_claimed_is_swept() {
 fn ports_and_host_names_are_what_they_say() {
     assert_eq!(port(65_535), Ok(65_535));
     assert!(port(0).is_err() && port(65_536).is_err());
-    let check = |name: &str| domain(name, "https://gate.example:8443", "preview.localhost").is_ok();
+    let check = |name: &str| domain(name, &[], "https://gate.example:8443", "preview.example");
     for name in ["app.example", "a-b.c1.example", "xn--bcher-kva.example"] {
-        assert!(check(name), "{name}");
+        assert_eq!(check(name).as_deref(), Ok(name));
     }
     let long = format!("{}.example", "a".repeat(64));
     for name in [
         "localhost",
         "App.example",
-        "gate.example",
-        "preview.localhost",
-        "x.preview.localhost",
         "127.0.0.1",
         "a..example",
         "-a.example",
@@ -175,6 +174,76 @@ fn ports_and_host_names_are_what_they_say() {
         "",
         long.as_str(),
     ] {
-        assert!(!check(name), "{name}");
+        assert_eq!(check(name), Err(Invalid::PreviewDomain), "{name}");
     }
+}
+
+#[test]
+fn no_preview_has_a_name_of_the_meshs_own_or_one_below_it() {
+    let own_names = ["api.example".to_owned(), "internal".to_owned()];
+    for public_url in [
+        "https://Gate.example:8443/x",
+        "http://gate.example.",
+        "https://me@gate.example?x",
+        "http://[::1]:8080",
+    ] {
+        let check = |name: &str| domain(name, &own_names, public_url, "preview.example");
+        for own in [
+            "a.localhost",
+            "preview.example",
+            "x.preview.example",
+            "api.example",
+            "a.b.api.example",
+            "host.internal",
+        ] {
+            assert_eq!(check(own), Err(Invalid::OwnName(own.into())), "{own}");
+        }
+        for own in ["gate.example", "a.b.gate.example"] {
+            assert_eq!(check(own).is_err(), !public_url.contains('['), "{own} at {public_url}");
+        }
+        for other in [
+            "xgate.example",
+            "xapi.example",
+            "api.example.org",
+            "xpreview.example",
+            "other.example",
+            "a.xinternal",
+        ] {
+            assert_eq!(check(other).as_deref(), Ok(other));
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_asks_for_a_name_of_the_meshs_own_is_told_so() {
+    let bed = Bed::new().await;
+    let id = bed.sandbox("acme").await;
+    let rpc = PreviewRpc::new(bed.previews.clone(), vec!["api.example".into()]);
+    let create = async |domain: &str| {
+        let wanted = CreatePreviewRequest {
+            sandbox_id: id.clone(),
+            port: 80,
+            domain: domain.into(),
+            ..Default::default()
+        };
+        let mut request = Request::new(wanted);
+        let caller = Caller {
+            tenant: "acme".into(),
+            admin: false,
+            sandbox: None,
+            public_url: "https://gate.example".into(),
+            preview_domain: "preview.example".into(),
+            request_id: "r".into(),
+        };
+        caller.apply(request.metadata_mut().as_mut());
+        rpc.create_preview(request).await
+    };
+    for own in ["api.example", "a.api.example", "a.gate.example", "x.preview.example"] {
+        let refused = create(own).await.unwrap_err();
+        assert_eq!(reason_of(&refused).as_deref(), Some("INVALID_ARGUMENT"), "{own}");
+        assert!(refused.message().contains(own), "{}", refused.message());
+        assert_eq!(bed.holder(own).await, None);
+    }
+    create("app.example").await.unwrap();
+    assert_eq!(bed.holder("app.example").await, Some(id.clone()));
 }

@@ -22,12 +22,19 @@ use crate::{
 
 /// The service.
 #[derive(Clone, Debug)]
-pub struct PreviewRpc(Previews);
+pub struct PreviewRpc {
+    previews: Previews,
+    own_names: Vec<String>,
+}
 
 impl PreviewRpc {
-    /// Serves these previews.
-    pub fn new(previews: Previews) -> Self {
-        Self(previews)
+    /// Serves these previews, none of which is given one of `own_names` or a name below it.
+    pub fn new(previews: Previews, own_names: Vec<String>) -> Self {
+        Self { previews, own_names }
+    }
+
+    fn domain(&self, name: &str, caller: &Caller) -> Result<String, Refusal> {
+        Ok(previews::domain(name, &self.own_names, &caller.public_url, &caller.preview_domain)?)
     }
 }
 
@@ -42,15 +49,13 @@ impl PreviewService for PreviewRpc {
         let port = previews::port(port).map_err(Refusal::from)?;
         let domain = match domain.as_str() {
             "" => None,
-            name => Some(
-                previews::domain(name, &caller.public_url, &caller.preview_domain).map_err(Refusal::from)?,
-            ),
+            name => Some(self.domain(name, &caller)?),
         };
         // The published clients send an empty object where they mean nothing.
         let auth = auth_config.filter(|auth| !auth.scheme.is_empty() || !auth.token.is_empty());
         let token = auth.map(|auth| Token::asked(&auth)).transpose()?;
         let wanted = Wanted { port, domain, token_hash: token.as_ref().map(Token::hash) };
-        let (record, existed) = self.0.create(&caller.tenant, &sandbox_id, &wanted).await?;
+        let (record, existed) = self.previews.create(&caller.tenant, &sandbox_id, &wanted).await?;
         let shown = previews::entry(&record, port).map(|entry| Preview {
             preview_auth_token: token.map(Token::into_text).unwrap_or_default(),
             ..show(&record, entry, &caller)
@@ -63,7 +68,7 @@ impl PreviewService for PreviewRpc {
         request: Request<ListPreviewsRequest>,
     ) -> Result<Response<ListPreviewsResponse>, Status> {
         let caller = key_caller(&request)?;
-        let record = self.0.of(&caller.tenant, &request.get_ref().sandbox_id).await?;
+        let record = self.previews.of(&caller.tenant, &request.get_ref().sandbox_id).await?;
         let previews = record.previews.iter().map(|entry| show(&record, entry, &caller)).collect();
         Ok(Response::new(ListPreviewsResponse { previews }))
     }
@@ -74,7 +79,7 @@ impl PreviewService for PreviewRpc {
     ) -> Result<Response<DeletePreviewResponse>, Status> {
         let caller = key_caller(&request)?;
         let DeletePreviewRequest { sandbox_id, port } = request.into_inner();
-        self.0.delete(&caller.tenant, &sandbox_id, port).await?;
+        self.previews.delete(&caller.tenant, &sandbox_id, port).await?;
         Ok(Response::new(DeletePreviewResponse {}))
     }
 
@@ -85,11 +90,11 @@ impl PreviewService for PreviewRpc {
         let caller = key_caller(&request)?;
         let RotatePreviewAuthRequest { sandbox_id, remove } = request.into_inner();
         if remove {
-            self.0.set_token(&caller.tenant, &sandbox_id, "").await?;
+            self.previews.set_token(&caller.tenant, &sandbox_id, "").await?;
             return Ok(Response::new(RotatePreviewAuthResponse::default()));
         }
         let token = Token::generate()?;
-        self.0.set_token(&caller.tenant, &sandbox_id, &token.hash()).await?;
+        self.previews.set_token(&caller.tenant, &sandbox_id, &token.hash()).await?;
         Ok(Response::new(RotatePreviewAuthResponse {
             preview_auth_token: token.into_text(),
             scheme: SCHEME.to_owned(),

@@ -68,6 +68,7 @@ pub struct Plan {
     is_object_store_elsewhere: bool,
     public_url: Option<String>,
     preview_domain: Option<String>,
+    own_names: String,
     tls_dir: Option<PathBuf>,
     /// How the gateway speaks TLS.
     pub tls: Tls,
@@ -156,6 +157,7 @@ impl Plan {
             is_object_store_elsewhere: arguments.object_store.is_some(),
             public_url: arguments.public_url.clone(),
             preview_domain: arguments.preview_domain.clone(),
+            own_names: arguments.own_names.join(","),
             tls_dir: arguments.tls_dir.as_deref().map(absolute).transpose()?,
             tls: match (&arguments.tls_cert, &arguments.tls_key) {
                 (Some(certificate), Some(key)) => {
@@ -215,6 +217,7 @@ impl Plan {
         scheduler.option("--store", &self.store);
         scheduler.option("--listen", self.endpoint(SCHEDULER));
         scheduler.option("--bootstrap-key-hash", key.hash());
+        scheduler.listed("--own-names", &self.own_names);
 
         let mut agent = Command::new(self, AGENT);
         agent.option("--store", &self.store);
@@ -235,9 +238,7 @@ impl Plan {
         if !self.has_network {
             agent.option("--network", "off");
         }
-        if !self.network_allow.is_empty() {
-            agent.option("--network-allow", &self.network_allow);
-        }
+        agent.listed("--network-allow", &self.network_allow);
         if self.no_snapshots {
             agent.words.push("--no-snapshots".into());
         }
@@ -251,6 +252,7 @@ impl Plan {
         if let Some(domain) = &self.preview_domain {
             gateway.option("--preview-domain", domain);
         }
+        gateway.listed("--own-names", &self.own_names);
         let made = self.layout.certificates();
         let pair = match &self.tls {
             Tls::None => None,
@@ -292,6 +294,12 @@ impl Command {
     fn number(&mut self, name: &str, value: Option<u32>) {
         if let Some(value) = value {
             self.option(name, value.to_string());
+        }
+    }
+
+    fn listed(&mut self, name: &str, values: &str) {
+        if !values.is_empty() {
+            self.option(name, values);
         }
     }
 

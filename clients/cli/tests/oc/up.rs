@@ -331,6 +331,22 @@ fn a_detached_mesh_goes_on_until_it_is_taken_down() {
 }
 
 #[test]
+fn the_meshs_own_names_are_told_to_who_gives_names_away_and_to_who_leads_by_them() {
+    let machine = Machine::new();
+    let names = ["--own-names", "api.example,b.example", "--own-names", "c.example", "--detach"];
+    let output = machine.up(&names).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for service in SERVICES {
+        until(&format!("{service} runs"), || machine.pids(service).into_iter().any(is_alive));
+        let line = words(&machine.path(&format!("started.oc-{service}")));
+        let is_told = line.contains("--own-names api.example,b.example,c.example");
+        assert_eq!(is_told, service != "vmm-agent", "{line}");
+    }
+    assert!(machine.run(&["down"]).status.success());
+    machine.assert_nothing_is_left();
+}
+
+#[test]
 fn a_service_that_cannot_start_is_named_with_its_last_words() {
     let machine = Machine::new();
     machine.script("oc-scheduler", "echo no store here >&2; exit 7");
