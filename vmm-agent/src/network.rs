@@ -162,6 +162,11 @@ impl Network {
         forward_on_host()?;
         rules::load(&rules::of_host(&names, &pair))?;
         follow_on_host()?;
+        // As whenever a VM goes: better that it fails here.
+        on_host(move || begun_by(&pair)).await.map_err(|error| {
+            let remedy = "the kernel needs nf_conntrack_netlink";
+            io::Error::new(error.kind(), format!("cannot look connections up: {error}; {remedy}"))
+        })?;
         let sockets = namespace::enter(names.hub(), dns::bind).await?;
         let network = Arc::new(Self {
             names,
@@ -391,8 +396,7 @@ pub async fn remove_all(names: &Names) -> io::Result<()> {
     let links = Links::open(&runtime::Handle::current())?;
     let near = links.addresses_of(&names.link()).await?;
     let was_there = near.is_some() || namespace::exists(&names.hub());
-    links.remove(&names.link()).await?;
-    // Of those of VMs that are nowhere any more.
+    // No VM has a link any more by which anything came. The host's goes last: by it is known whose connections these are.
     for pair in near.into_iter().flatten().filter_map(Pair::of_agent_at) {
         let forget = move || {
             let left: Vec<_> = begun_by(&pair)?.iter().map(|connection| connection.asks).collect();
@@ -400,6 +404,7 @@ pub async fn remove_all(names: &Names) -> io::Result<()> {
         };
         on_host(forget).await?;
     }
+    links.remove(&names.link()).await?;
     namespace::remove(&names.hub())?;
     match rules::load(&rules::without_host(names)) {
         // A host that lacks what it takes to have one has none.
@@ -453,6 +458,8 @@ async fn link_to_host(names: &Names, hub: &Links, runtime: &runtime::Handle) -> 
     if let Some(pair) =
         pairs().find(|pair| own.contains(&pair.far.into()) && known.contains(&pair.near.into()))
     {
+        host.widen(&names.link()).await?;
+        hub.widen(UP).await?;
         return Ok(pair);
     }
     let is_free = |pair: &Pair| !known.contains(&pair.near.into()) && !known.contains(&pair.near6.into());
@@ -525,7 +532,8 @@ fn forward() -> io::Result<()> {
 /// Loads the rules of this thread's namespace, which follows connections by them, and sets how long.
 fn filter(rules: &str) -> io::Result<()> {
     rules::load(rules)?;
-    set("netfilter/nf_conntrack_tcp_timeout_established", &rules::SILENT_FOR.to_string())
+    set("netfilter/nf_conntrack_tcp_timeout_established", &rules::SILENT_FOR.to_string())?;
+    set("netfilter/nf_conntrack_tcp_timeout_time_wait", &rules::ENDED_FOR.to_string())
 }
 
 /// Has the kernel follow no fewer connections than VMs may have.

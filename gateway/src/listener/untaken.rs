@@ -9,7 +9,10 @@ use std::{
     future::poll_fn,
     net::IpAddr,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
@@ -25,6 +28,8 @@ use crate::timer::Timer;
 
 /// Bytes of an answer that may be left to h2 when its stream's task ends: nobody looks any more whether they are taken.
 const LEFT: usize = 16 << 10;
+/// Bytes of all answers on a connection that may be there when something is left.
+const LEFT_IN_ALL: usize = 256 << 10;
 
 tokio::task_local! {
     /// What is there for the client of the stream that this task serves.
@@ -36,12 +41,14 @@ tokio::task_local! {
 pub struct Streams {
     within: Duration,
     peer: IpAddr,
+    /// Bytes that are there for the client and were not written, on all streams.
+    there: Arc<AtomicUsize>,
 }
 
 impl Streams {
     /// Each for as long as its client takes something within this time.
     pub fn new(within: Duration, peer: IpAddr) -> Self {
-        Self { within, peer }
+        Self { within, peer, there: Arc::default() }
     }
 
     async fn serve(self, stream: impl Future<Output = ()>, untaken: Arc<Untaken>) {
@@ -65,15 +72,19 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        let untaken = Arc::<Untaken>::default();
+        let untaken = Arc::new(Untaken { in_all: Arc::clone(&self.there), ..Untaken::default() });
         let served = self.clone().serve(stream, Arc::clone(&untaken));
         tokio::spawn(STREAM.scope(untaken, served));
     }
 }
 
 /// What is there of an answer, and was not written.
-#[derive(Debug)]
-struct Untaken(Mutex<There>);
+#[derive(Debug, Default)]
+struct Untaken {
+    own: Mutex<There>,
+    /// [`Streams::there`].
+    in_all: Arc<AtomicUsize>,
+}
 
 #[derive(Debug)]
 struct There {
@@ -87,26 +98,29 @@ struct There {
 }
 
 impl There {
-    fn may_be_left(&self) -> bool {
-        self.large == 0 && self.bytes <= LEFT
+    fn may_be_left(&self, in_all: &AtomicUsize) -> bool {
+        let is_little = || self.bytes <= LEFT && in_all.load(Ordering::Relaxed) <= LEFT_IN_ALL;
+        // Of what is too much with others' nobody is told when theirs gets less: it waits until its own is written, or for too long.
+        self.large == 0 && (self.bytes == 0 || is_little())
     }
 }
 
-impl Default for Untaken {
+impl Default for There {
     fn default() -> Self {
-        Self(Mutex::new(There { bytes: 0, large: 0, since: Instant::now(), waits: None }))
+        Self { bytes: 0, large: 0, since: Instant::now(), waits: None }
     }
 }
 
 impl Untaken {
     /// Since when nothing was written of what is there, if something is.
     fn since(&self) -> Option<Instant> {
-        let there = self.0.lock();
+        let there = self.own.lock();
         (there.bytes > 0).then_some(there.since)
     }
 
     fn add(&self, bytes: usize, is_large: bool) {
-        let mut there = self.0.lock();
+        self.in_all.fetch_add(bytes, Ordering::Relaxed);
+        let mut there = self.own.lock();
         if there.bytes == 0 {
             there.since = Instant::now();
         }
@@ -118,11 +132,12 @@ impl Untaken {
         if bytes == 0 {
             return;
         }
-        let mut there = self.0.lock();
+        self.in_all.fetch_sub(bytes, Ordering::Relaxed);
+        let mut there = self.own.lock();
         there.since = Instant::now();
         there.bytes -= bytes;
         there.large -= if is_large { bytes } else { 0 };
-        let woken = if there.may_be_left() { there.waits.take() } else { None };
+        let woken = if there.may_be_left(&self.in_all) { there.waits.take() } else { None };
         drop(there);
         if let Some(woken) = woken {
             woken.wake();
@@ -130,13 +145,13 @@ impl Untaken {
     }
 
     fn may_be_left(&self) -> bool {
-        self.0.lock().may_be_left()
+        self.own.lock().may_be_left(&self.in_all)
     }
 
     /// Waits until what is there may be left to h2.
     fn poll_left(&self, context: &mut Context<'_>) -> Poll<()> {
-        let mut there = self.0.lock();
-        if there.may_be_left() {
+        let mut there = self.own.lock();
+        if there.may_be_left(&self.in_all) {
             return Poll::Ready(());
         }
         there.waits = Some(context.waker().clone());
@@ -335,6 +350,26 @@ mod tests {
             assert_eq!(end.is_some_and(|end| end.unwrap().is_trailers()), trailers);
             assert!(body.is_end_stream() && body.frame().await.is_none());
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_little_by_itself_is_too_much_with_many() {
+        let streams = Streams::new(WITHIN, IpAddr::from([127, 0, 0, 1]));
+        let answer = || Arc::new(Untaken { in_all: Arc::clone(&streams.there), ..Untaken::default() });
+        let left: Vec<_> = (0..LEFT_IN_ALL / LEFT).map(|_| part(&answer(), LEFT)).collect();
+        assert!(left.iter().all(|part| part.untaken.may_be_left()));
+        let untaken = answer();
+        let mut last = part(&untaken, 2);
+        assert!(!untaken.may_be_left());
+        last.advance(1);
+        assert!(poll_immediate(poll_fn(|context| untaken.poll_left(context))).await.is_none());
+        last.advance(1);
+        assert!(untaken.may_be_left(), "all of it is written");
+        let another = part(&untaken, 1);
+        drop(left);
+        assert!(untaken.may_be_left());
+        drop((another, last));
+        assert_eq!(streams.there.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test]

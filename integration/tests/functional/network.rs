@@ -28,7 +28,7 @@ use oc_proto::mesh::HostRecord;
 use oc_vmm_agent::network::{
     connections::{self, Connection},
     namespace,
-    plan::{Names, Pair},
+    plan::{GUEST, GUEST6, Names, Pair},
 };
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -206,6 +206,9 @@ pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::
 /// Run as the guest's root: packets that are not its own, or are in disguise.
 const FORGER: &str = include_str!("network/forger.py");
 
+/// Run as the guest's root: ends connections for its own namespace alone, if that can be done.
+const DESYNC: &str = include_str!("network/desync.py");
+
 /// Run in the guest: says what answers to pings, and to connections whose packets may go so far; and sends datagrams.
 const PROBE: &str = include_str!("network/probe.py");
 
@@ -361,7 +364,16 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     assert_eq!(taken, "3000000");
     assert!(took.parse::<f64>()? > 1.5, "3 MB at 8 Mbit/s took {took} s to send");
 
+    // What is fetched from its ports is not its share.
+    let before = policed(&mesh)?;
+    other.run("head -c 3000000 /dev/zero > large").await?;
+    let host = format!("{}-p8000.preview.localhost", other.id);
+    let fetched =
+        rest.send(rest.anonymous(Method::GET, "/large").header("host", &host)).await?.expect(200)?;
+    assert_eq!((fetched.body.len(), policed(&mesh)?), (3_000_000, before));
+
     names::are_shared(&resolver, &hostile, &other).await?;
+    ends_for_all(&mesh, &hostile, &world).await?;
 
     // And no more conversations than it may have, of which one is open for as long as it is.
     let hold = format!("exec 3<>/dev/tcp/{}/{PORT} && touch held && sleep 10000", world.excepted);
@@ -396,14 +408,69 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     mesh.stop()
 }
 
+/// Where the connections of a mesh's sandboxes are followed: in the VM's namespace, in the agent's, and on the host.
+struct Tables {
+    names: Names,
+    of_agent: Pair,
+}
+
+impl Tables {
+    fn of(mesh: &Mesh) -> anyhow::Result<Self> {
+        let names = Names::new(&leftovers::tag(mesh.state()));
+        let mut link = Command::new("ip");
+        link.args(["-o", "-4", "address", "show", "dev", &names.link()]);
+        let shown = succeeded(link)?;
+        let near = shown.split_whitespace().find_map(|word| word.split_once('/')).context("no address")?.0;
+        Ok(Self { names, of_agent: Pair::of_agent_at(near.parse()?).context("another address")? })
+    }
+
+    /// The ports of this world that the VMs of these numbers have connections of TCP to, each by where it comes from in the agent's
+    /// namespace: for each, as many as the three tables have.
+    async fn count(&self, vms: &BTreeSet<u32>, to: IpAddr) -> anyhow::Result<[usize; 3]> {
+        let (own, far) = if to.is_ipv4() {
+            (IpAddr::from(GUEST), (|pair: Pair| pair.far.into()) as fn(Pair) -> IpAddr)
+        } else {
+            (GUEST6.into(), (|pair: Pair| pair.far6.into()) as fn(Pair) -> IpAddr)
+        };
+        let fits = move |one: &Connection| one.asks.to == (to, PORT).into() && one.asks.protocol == TCP;
+        let count =
+            move |from| anyhow::Ok(connections::begun_by(from)?.iter().filter(|one| fits(one)).count());
+        let (mut of_vms, mut of_hub) = (0, 0);
+        for &number in vms {
+            let begun =
+                move |from| move || Ok(connections::begun_by(from)?.iter().filter(|one| fits(one)).count());
+            // One that was given back meanwhile has none.
+            of_vms += namespace::enter(self.names.vm(number), begun(own)).await.unwrap_or_default();
+            of_hub += namespace::enter(self.names.hub(), begun(far(Pair::of_vm(number)))).await?;
+        }
+        Ok([of_vms, of_hub, count(far(self.of_agent))?])
+    }
+}
+
+/// Whatever a guest sends, nobody on its way follows a connection that its own namespace, where they are counted, takes for ended.
+async fn ends_for_all(mesh: &Mesh, sandbox: &Sandbox, world: &World) -> anyhow::Result<()> {
+    let (tables, vms) = (Tables::of(mesh)?, namespaces(mesh)?);
+    sandbox.put("desync.py", DESYNC).await?.expect(204)?;
+    let script = format!(
+        "(python3 /home/sandbox/desync.py {} {} {PORT} > /tmp/desync 2> /tmp/desync.log &); \
+         until [ -s /tmp/desync ]; do sleep 0.1; pgrep -f [d]esync.py > /dev/null || {{ cat /tmp/desync.log >&2; exit 1; }}; done",
+        world.excepted, world.excepted6
+    );
+    sandbox.run_as_root(&script).await.context("it sends what it should not")?;
+    let (four, six) = (world.excepted.parse()?, world.excepted6.parse()?);
+    eventually("what has ended is forgotten by all, and what has not by none", async || {
+        let counts = [tables.count(&vms, four).await?, tables.count(&vms, six).await?];
+        ensure!(counts == [[0; 3], [1; 3]], "VM, agent, host: {counts:?}");
+        Ok(())
+    })
+    .await?;
+    sandbox.run_as_root("pkill -f [d]esync.py").await?;
+    Ok(())
+}
+
 /// A sandbox that has something open to `world` is deleted, and what it began is followed no more where it passed.
 async fn leaves_no_connections(mesh: &Mesh, sandbox: Sandbox, world: IpAddr) -> anyhow::Result<()> {
-    let names = Names::new(&leftovers::tag(mesh.state()));
-    let mut link = Command::new("ip");
-    link.args(["-o", "-4", "address", "show", "dev", &names.link()]);
-    let shown = succeeded(link)?;
-    let near = shown.split_whitespace().find_map(|word| word.split_once('/')).context("no address")?.0;
-    let of_agent = Pair::of_agent_at(near.parse()?).context("another address")?;
+    let Tables { names, of_agent } = Tables::of(mesh)?;
     let on_host = || anyhow::Ok(connections::begun_by(of_agent.far.into())?);
     let is_open = |one: &Connection| one.asks.to.ip() == world && one.asks.protocol == TCP;
     assert!(on_host()?.iter().any(is_open), "there is one");
@@ -455,6 +522,21 @@ async fn is_unheard(world: &World, sandbox: &Sandbox, addresses: &[String]) -> a
     }
     assert_eq!(heard, ["own", "own"], "this machine hears itself alone");
     Ok(())
+}
+
+/// Packets of guests that were more than their share.
+fn policed(mesh: &Mesh) -> anyhow::Result<u64> {
+    let names = Names::new(&leftovers::tag(mesh.state()));
+    let mut all = 0;
+    for number in namespaces(mesh)? {
+        let mut nft = Command::new("ip");
+        nft.args(["netns", "exec", &names.vm(number), "nft", "list", "chain", "netdev", "oc", "guest"]);
+        let rules = succeeded(nft)?;
+        let rule = rules.lines().find(|line| line.contains("limit rate over")).context("no limit")?;
+        let counted = rule.split("counter packets ").nth(1).context("no counter")?;
+        all += counted.split(' ').next().context("no number")?.parse::<u64>()?;
+    }
+    Ok(all)
 }
 
 /// Every address of this machine but those that only lead to itself, and those of other tests' worlds: of the internet once they have

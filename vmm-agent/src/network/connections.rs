@@ -74,16 +74,17 @@ impl Connection {
 ///
 /// Of the kernel.
 pub fn begun_by(from: IpAddr) -> io::Result<Vec<Connection>> {
-    let wanted = [
-        nested(TUPLE_ORIG, &nested(TUPLE_IP, &address(from, V4_SRC, V6_SRC))),
-        nested(
-            FILTER,
-            &[attribute(FILTER_ORIG, &IS_FROM.to_ne_bytes()), attribute(FILTER_REPLY, &[0; 4])].concat(),
-        ),
-    ];
+    // Of IPv6 the kernel tells of those that are from somebody else instead (seen with 6.18), so there it is asked for all.
+    let wanted = if from.is_ipv4() {
+        let parts = [attribute(FILTER_ORIG, &IS_FROM.to_ne_bytes()), attribute(FILTER_REPLY, &[0; 4])];
+        let address = nested(TUPLE_ORIG, &nested(TUPLE_IP, &address(from, V4_SRC, V6_SRC)));
+        [address, nested(FILTER, &parts.concat())].concat()
+    } else {
+        Vec::new()
+    };
     let (flags, family) = (libc::NLM_F_DUMP as u16, family(from));
     let mut message = Vec::new();
-    Message { kind: GET, flags, family, resource: 0, attributes: &wanted.concat() }.write(&mut message);
+    Message { kind: GET, flags, family, resource: 0, attributes: &wanted }.write(&mut message);
     let netfilter = Netfilter::open()?;
     netfilter.send(&message)?;
     let mut found = Vec::new();

@@ -16,6 +16,10 @@ use tokio::{runtime::Handle as Runtime, task::AbortHandle};
 
 use super::plan::Names;
 
+/// Bytes of a packet on a link between namespaces: as many as there can be. What is too large for the world is found out by the host,
+/// once it has been followed wherever it passed.
+const MTU: u32 = 65_535;
+
 /// The links of the namespace that it was opened in.
 #[derive(Debug)]
 pub struct Links {
@@ -105,9 +109,21 @@ impl Links {
     /// If one of them is there already.
     pub async fn add_pair(&self, name: &str, peer: &str, namespace: &str) -> io::Result<()> {
         let file = File::open(Names::file(namespace))?;
-        let other = LinkMessageBuilder::<LinkUnspec>::new().name(peer).setns_by_fd(file.as_raw_fd()).build();
-        let pair = LinkVeth::new(name, peer).set_info_data(InfoData::Veth(InfoVeth::Peer(other))).build();
+        let other = LinkMessageBuilder::<LinkUnspec>::new().name(peer).mtu(MTU);
+        let other = other.setns_by_fd(file.as_raw_fd()).build();
+        let pair = LinkVeth::new(name, peer).mtu(MTU).set_info_data(InfoData::Veth(InfoVeth::Peer(other)));
+        let pair = pair.build();
         self.handle.link().add(pair).execute().await.map_err(|error| failed(name, &error))
+    }
+
+    /// Has the link called `name`, which was made before, take packets as large as those of [`Links::add_pair`].
+    ///
+    /// # Errors
+    ///
+    /// If it does not take that.
+    pub async fn widen(&self, name: &str) -> io::Result<()> {
+        let wide = LinkMessageBuilder::<LinkUnspec>::new().index(self.index(name).await?).mtu(MTU);
+        self.handle.link().set(wide.build()).execute().await.map_err(|error| failed(name, &error))
     }
 
     /// Removes the link called `name`, and its other end. Fine if there is none.

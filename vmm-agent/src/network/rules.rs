@@ -36,6 +36,9 @@ const PROTOCOLS: &str = "tcp, udp, icmp, icmpv6";
 const LEAST_HOPS: u32 = 4;
 /// How long a connection may be silent, seconds: as a translator must wait at least (RFC 5382, REQ-5).
 pub const SILENT_FOR: u32 = 7440;
+/// How long a connection is remembered that has ended, seconds: it does not count as one that a VM has, but takes room as one. No shorter
+/// than a last acknowledgement may need to be sent once more.
+pub const ENDED_FOR: u32 = 10;
 /// How many times a VM's own limit is followed for it in the agent's namespace, which may hear of an end later than the VM's.
 const SLACK: u32 = 2;
 
@@ -54,14 +57,18 @@ table netdev oc {{
     chain guest {{
         type filter hook ingress device "{TAP}" priority 0; policy drop;
         ether saddr != {mac} counter drop
-        # Whatever drops, drops here, before it is followed: what was followed in this namespace is in those behind, too.
-        {rate}
+        # Whatever drops, drops before it is followed: what was followed in this namespace is in those behind, too. Options of IPv4 and
+        # extension headers can have a packet dropped there.
         ip hdrlength > 5 counter drop
+        ip6 nexthdr != {{ {PROTOCOLS}, ipv6-frag }} counter drop
         ip protocol tcp ip ttl < {LEAST_HOPS} counter drop
         ip6 nexthdr {{ tcp, ipv6-frag }} ip6 hoplimit < {LEAST_HOPS} counter drop
+        # The host's own conversations with a port are nobody's traffic but its own.
+        ether type ip ip saddr {GUEST} ip daddr {GATEWAY} accept
+        ether type ip6 ip6 saddr {GUEST6} ip6 daddr {GATEWAY6} accept
+        {rate}
         ether type ip ip saddr {GUEST} accept
-        # Other extension headers can have a packet dropped behind where it was followed, as options of IPv4 can.
-        ether type ip6 ip6 saddr {GUEST6} ip6 nexthdr {{ tcp, udp, icmpv6, ipv6-frag }} accept
+        ether type ip6 ip6 saddr {GUEST6} accept
         ether type arp arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {GUEST} arp daddr ip {GATEWAY} accept
         counter
     }}
@@ -75,6 +82,11 @@ table inet oc {{
     set allowed6 {{ type ipv6_addr; flags interval; auto-merge; {allowed6} }}
     set denied4 {{ type ipv4_addr; flags interval; elements = {{ {NOT_THE_INTERNET} }} }}
     set denied6 {{ type ipv6_addr; flags interval; elements = {{ {NOT_THE_INTERNET6} }} }}
+    # What was in fragments: these are put together by now, and not followed yet.
+    chain whole {{
+        type filter hook prerouting priority raw; policy accept;
+        iifname "{TAP}" meta nfproto ipv6 ip6 nexthdr != {{ {PROTOCOLS} }} counter drop
+    }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
         oifname "{TAP}" {rate}
@@ -145,19 +157,23 @@ pub fn restrict(egress: Egress) -> io::Result<()> {
     sets::fill("oc", &sets)
 }
 
-/// The filter of an agent's own namespace: each VM may go to the world, and none to another. Replaces what was there.
+/// The filter of an agent's own namespace: each VM may go to the world, and none to another. Replaces what was there, all at once: chains
+/// stay where they are hooked in, as between one that is removed and its successor packets would go on untranslated.
 pub fn of_hub(settings: &Settings) -> String {
     let connections = settings.limits.connections.saturating_mul(SLACK);
     format!(
         r#"
-table inet oc {{ }}
-delete table inet oc
 table inet oc {{
     # The connections of each link. The VM's namespace counts its own; this is for what only it took for ended.
     set legs {{ type ifname; size {MAX_VMS}; flags dynamic; }}
+}}
+flush table inet oc
+flush set inet oc legs
+table inet oc {{
     chain forward {{
         type filter hook forward priority filter; policy drop;
         ct state invalid drop
+        meta l4proto != {{ {PROTOCOLS} }} counter drop
         ct state established,related accept
         iifname "v*" add @legs {{ iifname ct count over {connections} }} counter drop
         iifname "v*" oifname "{UP}" accept
@@ -166,6 +182,7 @@ table inet oc {{
         type filter hook input priority filter; policy drop;
         ct state established,related accept
         icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+        iifname "v*" add @legs {{ iifname ct count over {connections} }} counter drop
         iifname "v*" ip daddr {DNS} meta l4proto {{ tcp, udp }} th dport 53 accept
     }}
     chain source {{
@@ -182,6 +199,9 @@ table inet oc {{
 pub fn of_host(names: &Names, pair: &Pair) -> String {
     let (table, link) = (names.table(), names.link());
     let (far, far6) = (pair.far, pair.far6);
+    // What is there of that name is not changed: others have another.
+    let silent = format!("silent-{SILENT_FOR}-{ENDED_FOR}");
+    let policy = format!("protocol tcp; policy = {{ established: {SILENT_FOR}, time_wait: {ENDED_FOR} }}");
     format!(
         r#"
 table inet {table} {{ }}
@@ -190,8 +210,8 @@ table inet {table} {{
     # Where parts of the mesh listen, which ask nobody who calls.
     set parts4 {{ type ipv4_addr . inet_service; }}
     set parts6 {{ type ipv6_addr . inet_service; }}
-    ct timeout silent4 {{ protocol tcp; l3proto ip; policy = {{ established: {SILENT_FOR} }}; }}
-    ct timeout silent6 {{ protocol tcp; l3proto ip6; policy = {{ established: {SILENT_FOR} }}; }}
+    ct timeout {silent}-ip {{ l3proto ip; {policy}; }}
+    ct timeout {silent}-ip6 {{ l3proto ip6; {policy}; }}
     chain input {{
         type filter hook input priority filter - 5; policy accept;
         iifname "{link}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
@@ -207,8 +227,8 @@ table inet {table} {{
         iifname "{link}" ct status dnat counter drop
         iifname "{link}" ip daddr . tcp dport @parts4 counter reject with icmpx admin-prohibited
         iifname "{link}" ip6 daddr . tcp dport @parts6 counter reject with icmpx admin-prohibited
-        iifname "{link}" ct state new meta nfproto ipv4 meta l4proto tcp ct timeout set "silent4"
-        iifname "{link}" ct state new meta nfproto ipv6 meta l4proto tcp ct timeout set "silent6"
+        iifname "{link}" ct state new meta nfproto ipv4 meta l4proto tcp ct timeout set "{silent}-ip"
+        iifname "{link}" ct state new meta nfproto ipv6 meta l4proto tcp ct timeout set "{silent}-ip6"
         iifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
         oifname "{link}" tcp flags syn tcp option maxseg size set rt mtu
         oifname "{link}" ct state established,related accept
