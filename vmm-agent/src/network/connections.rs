@@ -225,7 +225,7 @@ mod tests {
             });
             // Only where somebody asks for it are connections followed.
             rules::load(
-                "table inet t { chain c { type filter hook input priority 0; ct state new accept; } }",
+                "table inet t { chain c { type filter hook input priority 0; ct state new accept; }; }",
             )
             .unwrap();
             for host in ["127.0.0.1", "::1"] {
