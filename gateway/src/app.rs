@@ -136,14 +136,14 @@ impl App {
         let hosts = View::start(store.clone(), keys::HOSTS, ended.clone()).await?;
         let schedulers = View::start(store.clone(), keys::SCHEDULERS, ended.clone()).await?;
         let domains = View::start(store.clone(), keys::PREVIEW_DOMAINS, ended.clone()).await?;
-        let mut previews = Previews::new(
+        let previews = Previews::new(
             &settings.preview_domain,
             &settings.public_url,
             domains,
+            settings.own_names,
             settings.previews,
             ended.clone(),
         );
-        previews.hosts.reserve(settings.own_names);
         let tokens = TokenVerifier::start(store.clone(), ended).await?;
         let readiness = Readiness {
             keys: keys.clone(),

@@ -27,7 +27,10 @@ use oc_mesh::view::View;
 use oc_proto::mesh::PreviewDomain;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{host::Hosts, pool::Pool};
+use self::{
+    host::{Hosts, OwnNames},
+    pool::Pool,
+};
 
 /// The domain of who names none: browsers resolve it to the loopback (RFC 6761, 6.3).
 pub const DEFAULT_DOMAIN: &str = "preview.localhost";
@@ -97,19 +100,20 @@ pub struct Previews {
 }
 
 impl Previews {
-    /// Previews under `domain`, and under the names in `own`. Connections that nobody uses are ended until `ended`.
+    /// Previews under `domain`, and under the names in `claims` but for the mesh's own. Connections that nobody uses are ended until `ended`.
     #[must_use]
     pub fn new(
         domain: &str,
         public_url: &str,
-        own: View<PreviewDomain>,
+        claims: View<PreviewDomain>,
+        own_names: OwnNames,
         limits: Limits,
         ended: CancellationToken,
     ) -> Self {
         let (pool, tasks) = (Pool::new(limits), TaskTracker::new());
         // Ends with the token, and holds nothing that anybody must wait for.
         tokio::spawn(pool.clone().sweep(ended));
-        Self { hosts: Hosts::new(domain, public_url, own), pool, limits, tasks }
+        Self { hosts: Hosts::new(domain, public_url, claims, own_names), pool, limits, tasks }
     }
 
     /// Waits until all WebSockets and connections have ended; they do by themselves once the gateway is told to stop.

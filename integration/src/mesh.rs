@@ -1,6 +1,7 @@
 //! A mesh of one's own on this machine, made and ended by `oc up` and `oc down` as anybody's is.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -10,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use oc_vmm_agent::network::plan::Names;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
@@ -163,6 +165,25 @@ impl Mesh {
     /// The state directory.
     pub fn state(&self) -> &Path {
         &self.state
+    }
+
+    /// What the networks of its host's VMs are called.
+    pub fn network_names(&self) -> Names {
+        Names::new(&leftovers::tag(&self.state))
+    }
+
+    /// The numbers of those that VMs have.
+    ///
+    /// # Errors
+    ///
+    /// If there are no homes of VMs.
+    pub fn networks(&self) -> anyhow::Result<BTreeSet<u32>> {
+        // vmm-agent/src/driver/home.rs
+        let numbers = fs::read_dir(self.state.join("agent/vms"))?.filter_map(|home| {
+            let text = fs::read_to_string(home.ok()?.path().join("network")).ok()?;
+            text.split_whitespace().next()?.parse().ok()
+        });
+        Ok(numbers.collect())
     }
 
     /// Name of this machine in the mesh.

@@ -319,19 +319,13 @@ pub fn domain(
     if !is_host_name(name) || !name.contains('.') || is_address {
         return Err(Invalid::PreviewDomain);
     }
-    let always = [LOCALHOST.to_owned(), compared(preview_domain), compared(host_of(public_url))];
+    let public_url = public_url.parse::<http::Uri>().ok();
+    let public = public_url.as_ref().and_then(http::Uri::host).unwrap_or_default();
+    let always = [LOCALHOST.to_owned(), compared(preview_domain), compared(public)];
     if always.iter().chain(own_names).any(|own| is_at_or_below(name, own)) {
         return Err(Invalid::OwnName(name.to_owned()));
     }
     Ok(name.to_owned())
-}
-
-/// The host that a URL names; of an IPv6 address no more than a bracket.
-fn host_of(url: &str) -> &str {
-    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    let host = authority.rsplit('@').next().unwrap_or_default();
-    host.split(':').next().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -346,12 +346,19 @@ impl Network {
 ///
 /// If it resists.
 pub async fn remove(names: &Names, number: u32) -> io::Result<()> {
+    match links_of_hub(names).await? {
+        Some(hub) => remove_vm(names, &hub, number).await,
+        None => namespace::remove(&names.vm(number)),
+    }
+}
+
+/// The links of the agent's namespace, if there is one.
+async fn links_of_hub(names: &Names) -> io::Result<Option<Links>> {
     if !namespace::exists(&names.hub()) {
-        return namespace::remove(&names.vm(number));
+        return Ok(None);
     }
     let runtime = runtime::Handle::current();
-    let hub = namespace::enter(names.hub(), move || Links::open(&runtime)).await?;
-    remove_vm(names, &hub, number).await
+    namespace::enter(names.hub(), move || Links::open(&runtime)).await.map(Some)
 }
 
 /// Removes what the VM of that number had, and what is known of its connections.
@@ -423,9 +430,7 @@ pub async fn sweep(names: &Names, used: &BTreeSet<u32>) -> io::Result<()> {
     for number in namespace::all()?.iter().filter_map(unused) {
         remove(names, number).await?;
     }
-    if namespace::exists(&names.hub()) {
-        let runtime = runtime::Handle::current();
-        let hub = namespace::enter(names.hub(), move || Links::open(&runtime)).await?;
+    if let Some(hub) = links_of_hub(names).await? {
         for link in hub.names().await? {
             let number = link.strip_prefix('v').and_then(|number| number.parse().ok());
             if number.is_some_and(|number| !used.contains(&number)) {

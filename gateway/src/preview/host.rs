@@ -76,15 +76,10 @@ pub struct Hosts {
 impl Hosts {
     /// Names under `domain`, and those in `claims`, but for the mesh's own.
     #[must_use]
-    pub fn new(domain: &str, public_url: &str, claims: View<PreviewDomain>) -> Self {
+    pub fn new(domain: &str, public_url: &str, claims: View<PreviewDomain>, own_names: OwnNames) -> Self {
         let gateway = public_url.parse::<http::Uri>().ok();
         let gateway = gateway.and_then(|url| Some(name_of(url.host()?)?.to_ascii_lowercase()));
-        Self { domain: domain.to_ascii_lowercase(), gateway, claims, own_names: OwnNames::default() }
-    }
-
-    /// Has these lead to no preview, whatever is claimed.
-    pub fn reserve(&mut self, own_names: OwnNames) {
-        self.own_names = own_names;
+        Self { domain: domain.to_ascii_lowercase(), gateway, claims, own_names }
     }
 
     /// The domain of ports' host names.
@@ -208,6 +203,10 @@ mod tests {
     const SHOWN: [&str; 1] = ["shown.example"];
 
     async fn hosts() -> Hosts {
+        hosts_but(OwnNames::default()).await
+    }
+
+    async fn hosts_but(own_names: OwnNames) -> Hosts {
         let directory = tempfile::tempdir().unwrap();
         let url = format!("file://{}", directory.path().join("store.db").display());
         let store = store::open(&url).await.unwrap();
@@ -216,7 +215,7 @@ mod tests {
         let then = names.map(|name| record::put(keys::preview_domain(name), &claim)).collect();
         store.txn(Txn { compare: vec![], then }).await.unwrap();
         let claims = View::start(Arc::clone(&store), keys::PREVIEW_DOMAINS, CancellationToken::new());
-        Hosts::new("preview.localhost", "https://Gate.example.:8443/x", claims.await.unwrap())
+        Hosts::new("preview.localhost", "https://Gate.example.:8443/x", claims.await.unwrap(), own_names)
     }
 
     /// A default certificate for `shown.example`.
@@ -272,16 +271,17 @@ mod tests {
 
     #[tokio::test]
     async fn the_meshs_own_names_lead_to_no_sandbox_whatever_is_claimed() {
-        let mut hosts = hosts().await;
         let leads = |hosts: &Hosts, name: &str| match hosts.place(&request(Version::HTTP_11, "/", &[name])) {
             None => false,
             Some(Ok(Place::Own { domain, .. })) if domain == name.to_ascii_lowercase() => true,
             other => panic!("{name}: {other:?}"),
         };
+        let open = hosts().await;
         for name in TENANTS.into_iter().chain(NAMED).chain(SHOWN) {
-            assert!(leads(&hosts, name), "{name}");
+            assert!(leads(&open, name), "{name}");
         }
-        hosts.reserve(OwnNames { named: vec!["api.example".into()], certificates: Some(certificates()) });
+        let named = vec!["api.example".into()];
+        let hosts = hosts_but(OwnNames { named, certificates: Some(certificates()) }).await;
         for name in TENANTS {
             assert!(leads(&hosts, name), "{name}");
         }
@@ -291,7 +291,7 @@ mod tests {
             }
         }
         // Ports are reached below the preview domain all the same.
-        hosts.reserve(OwnNames { named: vec!["localhost".into()], certificates: None });
+        let hosts = hosts_but(OwnNames { named: vec!["localhost".into()], certificates: None }).await;
         let port = hosts.place(&request(Version::HTTP_11, "/", &["sb-1-p80.preview.localhost"]));
         assert_eq!(port, Some(Ok(Place::Port { sandbox_id: "sb-1".into(), port: 80 })));
     }

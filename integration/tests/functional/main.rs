@@ -9,6 +9,7 @@ mod clients;
 mod clones;
 mod commands;
 mod files;
+mod followed;
 mod grafts;
 mod hibernation;
 mod host;

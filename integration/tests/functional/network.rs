@@ -15,7 +15,6 @@ use nix::{
     unistd::Pid,
 };
 use oc_integration::{
-    leftovers,
     mesh::{Mesh, eventually, succeeded},
     rest::Sandbox,
     world::{self, PORT, World},
@@ -25,16 +24,11 @@ use oc_mesh::{
     store::{self, Txn},
 };
 use oc_proto::mesh::HostRecord;
-use oc_vmm_agent::network::{
-    connections::{self, Connection},
-    namespace,
-    plan::{GUEST, GUEST6, Names, Pair},
-};
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::{
-    checkpoints,
+    checkpoints, followed,
     hibernation::hibernate,
     names::{self, Resolver},
     packages,
@@ -65,15 +59,6 @@ async fn reach_port(sandbox: &Sandbox, address: &str, port: u16, seconds: u32) -
          2>/dev/null || echo shut"
     );
     Ok(sandbox.run(&script).await?.trim().to_owned())
-}
-
-/// Namespaces of VMs, of all meshes: a test asks for those that are there beyond others' by their difference.
-fn namespaces(mesh: &Mesh) -> anyhow::Result<BTreeSet<u32>> {
-    let used = fs::read_dir(mesh.state().join("agent/vms"))?.filter_map(|home| {
-        let number = fs::read_to_string(home.ok()?.path().join("network")).ok()?;
-        number.split_whitespace().next()?.parse().ok()
-    });
-    Ok(used.collect())
 }
 
 pub async fn a_sandbox_reaches_the_world_and_goes_on_to(_: Arc<Mesh>) -> anyhow::Result<()> {
@@ -124,7 +109,7 @@ pub async fn a_sandbox_reaches_the_world_and_goes_on_to(_: Arc<Mesh>) -> anyhow:
     assert_eq!(sandbox.run(address).await?, "198.18.0.2/30\n");
     hibernate(&rest, &sandbox).await?;
     eventually("only the clone that waits has one", async || {
-        let used = namespaces(&mesh)?;
+        let used = mesh.networks()?;
         ensure!(used.len() == 1, "{used:?}");
         Ok(())
     })
@@ -150,7 +135,7 @@ pub async fn a_sandbox_reaches_the_world_and_goes_on_to(_: Arc<Mesh>) -> anyhow:
     child.delete().await?;
     sandbox.delete().await?;
     eventually("namespaces are given back", async || {
-        let used = namespaces(&mesh)?;
+        let used = mesh.networks()?;
         ensure!(used.len() <= 1, "{used:?}");
         Ok(())
     })
@@ -206,9 +191,6 @@ pub async fn a_sandbox_that_may_reach_nothing_does_not(_: Arc<Mesh>) -> anyhow::
 /// Run as the guest's root: packets that are not its own, or are in disguise.
 const FORGER: &str = include_str!("network/forger.py");
 
-/// Run as the guest's root: ends connections for its own namespace alone, if that can be done.
-const DESYNC: &str = include_str!("network/desync.py");
-
 /// Run in the guest: says what answers to pings, and to connections whose packets may go so far; and sends datagrams.
 const PROBE: &str = include_str!("network/probe.py");
 
@@ -232,7 +214,6 @@ one.sendall(bytes(3000000)); one.shutdown(socket.SHUT_WR)
 print(lines.readline().strip(), time.monotonic() - begun)
 ";
 
-const TCP: u8 = 6;
 /// What the forger sends by, too: GRE, SCTP, and one that is for experiments (RFC 3692).
 const STRANGE: [u64; 3] = [47, 132, 253];
 
@@ -373,7 +354,7 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     assert_eq!((fetched.body.len(), policed(&mesh)?), (3_000_000, before));
 
     names::are_shared(&resolver, &hostile, &other).await?;
-    ends_for_all(&mesh, &hostile, &world).await?;
+    followed::end_for_all(&mesh, &hostile, &world).await?;
 
     // And no more conversations than it may have, of which one is open for as long as it is.
     let hold = format!("exec 3<>/dev/tcp/{}/{PORT} && touch held && sleep 10000", world.excepted);
@@ -390,7 +371,7 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     assert_eq!(reach(&hostile, &world.public).await?, "shut", "one more is too many");
     assert!(crowd() <= 128, "{} conversations", crowd());
     assert_eq!(reaches(&other, &world.public).await?, world.public_of_host, "the other has its own share");
-    leaves_no_connections(&mesh, hostile, world.excepted.parse()?).await?;
+    followed::end_with_their_sandbox(&mesh, hostile, world.excepted.parse()?).await?;
 
     // No part of the mesh, where it listens on what the operator has excepted.
     assert_ne!(reaches(&other, &world.excepted).await?, "shut");
@@ -406,90 +387,6 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     .await?;
     assert_ne!(reaches(&other, &world.excepted6).await?, "shut", "nothing else");
     mesh.stop()
-}
-
-/// Where the connections of a mesh's sandboxes are followed: in the VM's namespace, in the agent's, and on the host.
-struct Tables {
-    names: Names,
-    of_agent: Pair,
-}
-
-impl Tables {
-    fn of(mesh: &Mesh) -> anyhow::Result<Self> {
-        let names = Names::new(&leftovers::tag(mesh.state()));
-        let mut link = Command::new("ip");
-        link.args(["-o", "-4", "address", "show", "dev", &names.link()]);
-        let shown = succeeded(link)?;
-        let near = shown.split_whitespace().find_map(|word| word.split_once('/')).context("no address")?.0;
-        Ok(Self { names, of_agent: Pair::of_agent_at(near.parse()?).context("another address")? })
-    }
-
-    /// The ports of this world that the VMs of these numbers have connections of TCP to, each by where it comes from in the agent's
-    /// namespace: for each, as many as the three tables have.
-    async fn count(&self, vms: &BTreeSet<u32>, to: IpAddr) -> anyhow::Result<[usize; 3]> {
-        let (own, far) = if to.is_ipv4() {
-            (IpAddr::from(GUEST), (|pair: Pair| pair.far.into()) as fn(Pair) -> IpAddr)
-        } else {
-            (GUEST6.into(), (|pair: Pair| pair.far6.into()) as fn(Pair) -> IpAddr)
-        };
-        let fits = move |one: &Connection| one.asks.to == (to, PORT).into() && one.asks.protocol == TCP;
-        let count =
-            move |from| anyhow::Ok(connections::begun_by(from)?.iter().filter(|one| fits(one)).count());
-        let (mut of_vms, mut of_hub) = (0, 0);
-        for &number in vms {
-            let begun =
-                move |from| move || Ok(connections::begun_by(from)?.iter().filter(|one| fits(one)).count());
-            // One that was given back meanwhile has none.
-            of_vms += namespace::enter(self.names.vm(number), begun(own)).await.unwrap_or_default();
-            of_hub += namespace::enter(self.names.hub(), begun(far(Pair::of_vm(number)))).await?;
-        }
-        Ok([of_vms, of_hub, count(far(self.of_agent))?])
-    }
-}
-
-/// Whatever a guest sends, nobody on its way follows a connection that its own namespace, where they are counted, takes for ended.
-async fn ends_for_all(mesh: &Mesh, sandbox: &Sandbox, world: &World) -> anyhow::Result<()> {
-    let (tables, vms) = (Tables::of(mesh)?, namespaces(mesh)?);
-    sandbox.put("desync.py", DESYNC).await?.expect(204)?;
-    let script = format!(
-        "(python3 /home/sandbox/desync.py {} {} {PORT} > /tmp/desync 2> /tmp/desync.log &); \
-         until [ -s /tmp/desync ]; do sleep 0.1; pgrep -f [d]esync.py > /dev/null || {{ cat /tmp/desync.log >&2; exit 1; }}; done",
-        world.excepted, world.excepted6
-    );
-    sandbox.run_as_root(&script).await.context("it sends what it should not")?;
-    let (four, six) = (world.excepted.parse()?, world.excepted6.parse()?);
-    eventually("what has ended is forgotten by all, and what has not by none", async || {
-        let counts = [tables.count(&vms, four).await?, tables.count(&vms, six).await?];
-        ensure!(counts == [[0; 3], [1; 3]], "VM, agent, host: {counts:?}");
-        Ok(())
-    })
-    .await?;
-    sandbox.run_as_root("pkill -f [d]esync.py").await?;
-    Ok(())
-}
-
-/// A sandbox that has something open to `world` is deleted, and what it began is followed no more where it passed.
-async fn leaves_no_connections(mesh: &Mesh, sandbox: Sandbox, world: IpAddr) -> anyhow::Result<()> {
-    let Tables { names, of_agent } = Tables::of(mesh)?;
-    let on_host = || anyhow::Ok(connections::begun_by(of_agent.far.into())?);
-    let is_open = |one: &Connection| one.asks.to.ip() == world && one.asks.protocol == TCP;
-    assert!(on_host()?.iter().any(is_open), "there is one");
-    let before = namespaces(mesh)?;
-    sandbox.delete().await?;
-    eventually("they are forgotten", async || {
-        let mut left = on_host()?;
-        left.retain(|one| one.asks.to.ip() == world);
-        ensure!(left.is_empty(), "on the host: {left:?}");
-        let after = namespaces(mesh)?;
-        let gone: Vec<_> = before.difference(&after).map(|number| Pair::of_vm(*number)).collect();
-        ensure!(!gone.is_empty(), "its network is there yet: {after:?}");
-        for pair in gone {
-            let left = namespace::enter(names.hub(), move || connections::begun_by(pair.far.into())).await?;
-            ensure!(left.is_empty(), "in the agent's namespace: {left:?}");
-        }
-        Ok(())
-    })
-    .await
 }
 
 /// Neither pings nor datagrams reach this machine by any of its `addresses`. And no packet of TCP leaves its guest that would end before
@@ -526,9 +423,9 @@ async fn is_unheard(world: &World, sandbox: &Sandbox, addresses: &[String]) -> a
 
 /// Packets of guests that were more than their share.
 fn policed(mesh: &Mesh) -> anyhow::Result<u64> {
-    let names = Names::new(&leftovers::tag(mesh.state()));
+    let names = mesh.network_names();
     let mut all = 0;
-    for number in namespaces(mesh)? {
+    for number in mesh.networks()? {
         let mut nft = Command::new("ip");
         nft.args(["netns", "exec", &names.vm(number), "nft", "list", "chain", "netdev", "oc", "guest"]);
         let rules = succeeded(nft)?;

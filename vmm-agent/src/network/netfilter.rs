@@ -16,7 +16,7 @@ use nix::{
 /// nlmsghdr.
 const HEADER: usize = 16;
 /// nfgenmsg, which follows it.
-pub const OF_NETFILTER: usize = 4;
+const OF_NETFILTER: usize = 4;
 /// An attribute's length and kind (struct nlattr).
 const ATTRIBUTE: usize = 4;
 /// What tells its kind from its flags (NLA_TYPE_MASK).

@@ -7,9 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use oc_integration::{
-    leftovers,
     mesh::{Mesh, eventually},
     world::{PORT, World},
 };
@@ -177,12 +176,9 @@ async fn through_a_preview(table: &mut Table) -> anyhow::Result<()> {
     let preview =
         Proxy { address, host: format!("{}-p{SERVED}.preview.localhost", sandbox.id), pids: vec![] };
     eventually("a server in the guest", async || download(&preview, SENT_MIB << 20).await).await?;
-    let mut homes = fs::read_dir(mesh.state().join("agent/vms"))?;
-    let home = homes.next().context("no VM")??.path();
-    ensure!(homes.next().is_none(), "more than one VM");
-    let number =
-        fs::read_to_string(home.join("network"))?.split_whitespace().next().context("no network")?.parse()?;
-    let namespace = Namespace::open(&Names::new(&leftovers::tag(mesh.state())).vm(number))?;
+    let networks: Vec<_> = mesh.networks()?.into_iter().collect();
+    let [number] = networks[..] else { bail!("not one VM: {networks:?}") };
+    let namespace = Namespace::open(&mesh.network_names().vm(number))?;
     let (mut plain, mut through) = (Vec::new(), Vec::new());
     for _ in 0..=ROUNDS {
         let stream = namespace.enter(|| StdStream::connect((GUEST, SERVED))).await?;
