@@ -20,6 +20,7 @@ mod exec_rest;
 mod file_urls;
 mod grpc;
 mod limits;
+mod preview_bodies;
 mod previews;
 mod process;
 mod refused;

@@ -1,12 +1,10 @@
 //! Ports of sandboxes by host name, over real sockets on both sides.
 
-use std::{convert::Infallible, time::Duration};
+use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{Method, Request, StatusCode};
-use http_body::Frame;
-use http_body_util::{BodyExt as _, Full, StreamBody};
+use http_body_util::BodyExt as _;
 use oc_gateway::{app::Settings, listener::Limits};
 use oc_mesh::keys;
 use oc_proto::{
@@ -16,11 +14,8 @@ use oc_proto::{
 use sha2::{Digest as _, Sha256};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
-    sync::mpsc,
-    task::JoinHandle,
+    net::TcpStream,
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest as _};
 use tonic::body::Body;
 
@@ -31,15 +26,15 @@ use crate::{
     ports::{Server, closed, says},
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 const TOKEN: &str = "0123456789abcdef";
 
-fn host(sandbox: &str, port: impl std::fmt::Display) -> String {
+pub fn host(sandbox: &str, port: impl std::fmt::Display) -> String {
     format!("{sandbox}-p{port}.preview.localhost")
 }
 
 /// A request to a host name, whichever it is.
-fn request(
+pub fn request(
     mesh: &Mesh,
     http2: bool,
     host: &str,
@@ -58,7 +53,7 @@ fn request(
     request.body(body).unwrap()
 }
 
-async fn get(mesh: &Mesh, host: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
+pub async fn get(mesh: &Mesh, host: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
     collect(client(false).request(request(mesh, false, host, path, headers, Body::empty())).await.unwrap())
         .await
 }
@@ -79,7 +74,7 @@ async fn get_h2(mesh: &Mesh, host: &str, path: &str) -> Answer {
     answer
 }
 
-async fn raw(mesh: &Mesh, text: &str) -> String {
+pub async fn raw(mesh: &Mesh, text: &str) -> String {
     let mut stream = TcpStream::connect(mesh.address).await.unwrap();
     let _ = stream.write_all(text.as_bytes()).await;
     let mut answer = Vec::new();
@@ -88,7 +83,7 @@ async fn raw(mesh: &Mesh, text: &str) -> String {
 }
 
 /// Meshes with a host that hands connections to ports over, and with one that carries their bytes.
-async fn both_ways(change: fn(&mut Settings)) -> [Mesh; 2] {
+pub async fn both_ways(change: fn(&mut Settings)) -> [Mesh; 2] {
     let (over, carried) =
         (Mesh::with(Limits::default(), change).await, Mesh::with(Limits::default(), change).await);
     carried.agent.0.handoffs.lock().take();
@@ -170,51 +165,6 @@ async fn a_proxy_of_ours_says_whom_it_asks_for() {
             ["for", "proto", "host", "port"].map(|what| seen[format!("x-forwarded-{what}")].clone());
         assert_eq!(seen_ways, told);
         assert!(seen.get("forwarded").is_none() && seen["host"] == name, "{seen}");
-    }
-}
-
-#[tokio::test]
-async fn bodies_of_any_size_pass_both_ways() {
-    const SIZE: usize = 48 << 20;
-    for mesh in both_ways(|_| ()).await {
-        let server = Server::start().await;
-        let name = host(SANDBOX, server.port);
-        let answer = get(&mesh, &name, &format!("/big/{SIZE}"), &[]).await;
-        assert_eq!(answer.body.len(), SIZE);
-        assert!(
-            answer
-                .body
-                .chunks(64 << 10)
-                .enumerate()
-                .all(|(index, piece)| piece.iter().all(|byte| *byte == index as u8))
-        );
-        let piece = Bytes::from(vec![7; 1 << 20]);
-        let frames = (0..SIZE >> 20).map(move |_| Ok::<_, tonic::Status>(Frame::data(piece.clone())));
-        let body = Body::new(StreamBody::new(futures_util::stream::iter(frames)));
-        let mut upload = request(&mesh, false, &name, "/echo", &[], body);
-        *upload.method_mut() = Method::PUT;
-        let answer = collect(client(false).request(upload).await.unwrap()).await;
-        assert_eq!(answer.json()["bytes"], SIZE);
-        let mut sized =
-            request(&mesh, false, &name, "/echo", &[], Body::new(Full::new(Bytes::from_static(b"12345"))));
-        *sized.method_mut() = Method::POST;
-        let told = collect(client(false).request(sized).await.unwrap()).await.json();
-        assert_eq!((&told["bytes"], &told["headers"]["content-length"]), (&5.into(), &"5".into()));
-    }
-}
-
-#[tokio::test]
-async fn events_come_as_they_happen() {
-    for mesh in both_ways(|_| ()).await {
-        let server = Server::start().await;
-        let asked = request(&mesh, false, &host(SANDBOX, server.port), "/events", &[], Body::empty());
-        let response = client(false).request(asked).await.unwrap();
-        let mut events = response.into_body();
-        for number in 0..3 {
-            server.say.notify_one();
-            let event = tokio::time::timeout(PATIENCE, events.frame()).await.unwrap().unwrap().unwrap();
-            assert_eq!(event.into_data().unwrap(), format!("data: {number}\n\n"));
-        }
     }
 }
 
@@ -421,153 +371,6 @@ async fn ports_that_misbehave_are_told_and_none_hangs() {
         // One of HTTP/1.0 ends its answer by its end.
         let (port, _tasks) = says(b"HTTP/1.0 200 OK\r\n\r\nwhole").await;
         assert_eq!(get(&mesh, &host(SANDBOX, port), "/", &[]).await.body, "whole");
-    }
-}
-
-#[tokio::test]
-async fn a_client_that_stops_amid_its_upload_is_told_so() {
-    let change = |settings: &mut Settings| {
-        settings.previews.answer = Duration::from_millis(300);
-        settings.linger = Duration::from_millis(50);
-    };
-    for mesh in both_ways(change).await {
-        let server = Server::start().await;
-        let name = host(SANDBOX, server.port);
-        for body in [
-            "Content-Length: 9\r\n\r\nsome",
-            "Content-Length: 9\r\n\r\n",
-            "Transfer-Encoding: chunked\r\n\r\n4\r\nso",
-        ] {
-            let answer = raw(&mesh, &format!("POST /echo HTTP/1.1\r\nHost: {name}\r\n{body}")).await;
-            assert!(
-                answer.starts_with("HTTP/1.1 408 ") && answer.contains("REQUEST_TIMEOUT"),
-                "{body}: {answer}"
-            );
-            assert!(
-                answer.contains("\r\nconnection: close\r\n") && answer.contains("\r\nx-request-id: "),
-                "{answer}"
-            );
-        }
-        let (sender, receiver) = mpsc::channel::<Result<Frame<Bytes>, Infallible>>(1);
-        let mut http2 = Http2::over(TcpStream::connect(mesh.address).await.unwrap()).await;
-        let body = Body::new(StreamBody::new(ReceiverStream::new(receiver)));
-        let asked = Request::post(format!("http://{name}/echo")).body(body).unwrap();
-        sender.send(Ok(Frame::data("some".into()))).await.unwrap();
-        let answer = tokio::time::timeout(PATIENCE, http2.sender.send_request(asked)).await.unwrap();
-        assert_eq!(collect(answer.unwrap()).await.error(), (408, "REQUEST_TIMEOUT".into()));
-    }
-}
-
-#[tokio::test]
-async fn a_port_that_stops_amid_an_upload_is_what_is_told_of() {
-    let change = |settings: &mut Settings| {
-        settings.previews.answer = Duration::from_millis(300);
-        settings.linger = PATIENCE;
-    };
-    for mesh in both_ways(change).await {
-        let server = Server::start().await;
-        let name = host(SANDBOX, server.port);
-        // All of it is there, or more than the port takes.
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let deaf = host(SANDBOX, listener.local_addr().unwrap().port());
-        for (name, path, pieces) in [(&name, "/never", 1), (&deaf, "/", 48)] {
-            let piece = Bytes::from(vec![7; 1 << 20]);
-            let frames = (0..pieces).map(move |_| Ok::<_, tonic::Status>(Frame::data(piece.clone())));
-            let body = Body::new(StreamBody::new(futures_util::stream::iter(frames)));
-            let mut asked = request(&mesh, false, name, path, &[], body);
-            *asked.method_mut() = Method::POST;
-            let answer = tokio::time::timeout(PATIENCE, client(false).request(asked)).await.unwrap();
-            let answer = collect(answer.unwrap()).await;
-            assert_eq!(answer.error(), (504, "DEADLINE_EXCEEDED".into()), "{path}");
-        }
-    }
-}
-
-const UPLOADED: usize = 3 << 20;
-
-/// A port that answers as soon as it knows what is asked, and reads the rest then, if it does; the rest.
-async fn hasty(answer: &'static str, reads_on: bool) -> (u16, JoinHandle<usize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let serving = tokio::spawn(async move {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        let mut read = Vec::new();
-        let body = loop {
-            stream.read_buf(&mut read).await.unwrap();
-            if let Some(end) = read.windows(4).position(|window| window == b"\r\n\r\n") {
-                break end + 4;
-            }
-        };
-        stream.write_all(answer.as_bytes()).await.unwrap();
-        while reads_on && read.len() < body + UPLOADED && stream.read_buf(&mut read).await.unwrap() > 0 {}
-        if !reads_on {
-            std::future::pending::<()>().await;
-        }
-        read.len() - body
-    });
-    (port, serving)
-}
-
-#[tokio::test]
-async fn an_answer_that_falls_silent_is_broken_off() {
-    for mesh in both_ways(|settings| settings.previews.silence = Duration::from_millis(300)).await {
-        let (port, _serving) = hasty("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf", false).await;
-        let asked = request(&mesh, false, &host(SANDBOX, port), "/", &[], Body::empty());
-        let answered = tokio::time::timeout(PATIENCE, client(false).request(asked)).await.unwrap();
-        let answer = answered.expect("its head comes");
-        assert!(tokio::time::timeout(PATIENCE, answer.into_body().collect()).await.unwrap().is_err());
-    }
-}
-
-#[tokio::test]
-async fn a_port_may_answer_before_it_has_all() {
-    for mesh in both_ways(|_| ()).await {
-        let (port, serving) = hasty("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", true).await;
-        let name = host(SANDBOX, port);
-        let mut stream = TcpStream::connect(mesh.address).await.unwrap();
-        let head = format!("POST / HTTP/1.1\r\nHost: {name}\r\nContent-Length: {UPLOADED}\r\n\r\nx");
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\nok") {
-            let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.unwrap().unwrap();
-            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer));
-        }
-        stream.write_all(&vec![b'x'; UPLOADED - 1]).await.unwrap();
-        assert_eq!(tokio::time::timeout(PATIENCE, serving).await.unwrap().unwrap(), UPLOADED);
-
-        let (port, serving) = hasty("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", true).await;
-        let (sender, receiver) = mpsc::channel::<Result<Frame<Bytes>, Infallible>>(1);
-        let stream = TcpStream::connect(mesh.address).await.unwrap();
-        let mut http2 = Http2::over(stream).await;
-        let body = Body::new(StreamBody::new(ReceiverStream::new(receiver)));
-        let url = format!("http://{}/", host(SANDBOX, port));
-        let asked = Request::post(url).header("content-length", UPLOADED).body(body).unwrap();
-        let answer = collect(http2.sender.send_request(asked).await.unwrap());
-        assert_eq!(tokio::time::timeout(PATIENCE, answer).await.unwrap().body, "ok");
-        for _ in 0..UPLOADED >> 16 {
-            sender.send(Ok(Frame::data(vec![b'x'; 1 << 16].into()))).await.unwrap();
-        }
-        drop(sender);
-        assert_eq!(tokio::time::timeout(PATIENCE, serving).await.unwrap().unwrap(), UPLOADED);
-    }
-}
-
-#[tokio::test]
-async fn what_a_port_refuses_amid_an_upload_is_told_at_once() {
-    for mesh in both_ways(|settings| settings.linger = Duration::from_secs(3600)).await {
-        let refusal = "HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno";
-        let (port, serving) = hasty(refusal, false).await;
-        let name = host(SANDBOX, port);
-        let mut stream = TcpStream::connect(mesh.address).await.unwrap();
-        let head = format!("POST / HTTP/1.1\r\nHost: {name}\r\nContent-Length: {UPLOADED}\r\n\r\nx");
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\nno") {
-            let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.unwrap().unwrap();
-            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer));
-        }
-        assert!(answer.starts_with(b"HTTP/1.1 413 "));
-        serving.abort();
     }
 }
 
