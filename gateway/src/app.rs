@@ -19,9 +19,9 @@ use oc_mesh::{
     view::View,
 };
 use oc_proto::mesh::{HostRecord, KeyRecord, SandboxRecord, SchedulerRecord};
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::body::Body;
+use tonic::{Status, body::Body};
 
 use crate::{
     auth::{Authenticator, Identity, file_url::FileUrls, keys::ApiKeys},
@@ -36,13 +36,16 @@ use crate::{
     preview::{self, Peer, Previews, host::OwnNames},
     rest::{self, Rest, answer},
     sandboxes::Sandboxes,
-    surface::Surface,
+    surface::{Rpc, Surface},
     upstream::Upstreams,
     ws::{self, WebSockets},
 };
 
 /// An answer of no more bytes than this is ready as a whole, unless it is a port's.
 const SHORT: u64 = 64 << 10;
+
+/// How long whoever has changed a preview waits for this gateway's copies to show it: they lag by milliseconds, unless the store is lost.
+const CATCHES_UP_WITHIN: Duration = Duration::from_secs(5);
 
 /// Everything that answers requests.
 #[derive(Debug)]
@@ -271,6 +274,24 @@ impl App {
             public_url: self.public_url.clone(),
             preview_domain: self.previews.domain().to_owned(),
             request_id: exchange.request_id().to_owned(),
+        }
+    }
+
+    /// Waits until requests to a sandbox's ports go by what this call has changed, and its caller may be told so. The others' gateways learn it
+    /// as fast, but nobody waits for them.
+    pub(crate) async fn catch_up(&self, rpc: &Rpc, sandbox_id: Option<&str>) {
+        let Some(sandbox_id) = sandbox_id.filter(|_| rpc.changes_previews) else { return };
+        let caught_up = async {
+            let record = self.upstreams.sandboxes().caught_up(sandbox_id).await?;
+            for entry in
+                record.iter().flat_map(|record| &record.previews).filter(|entry| !entry.domain.is_empty())
+            {
+                self.previews.hosts.knows(&entry.domain).await;
+            }
+            Ok::<_, Status>(())
+        };
+        if !matches!(timeout(CATCHES_UP_WITHIN, caught_up).await, Ok(Ok(()))) {
+            tracing::warn!(sandbox_id, "a preview has changed, and requests do not go by it yet");
         }
     }
 

@@ -81,11 +81,12 @@ async fn pass_through(
     make_trusted(&mut parts.headers);
     parts.headers.extend(trusted);
     let response = relay::relay(channel, Request::from_parts(parts, body), ()).await;
+    app.catch_up(rpc, sandbox.as_deref()).await;
     Ok(if endless::is_endless(rpc) { endless::until(response, app.draining()) } else { response })
 }
 
 fn must_know_sandbox(rpc: &Rpc, identity: &Identity) -> bool {
-    rpc.backend == Backend::Host || matches!(identity, Identity::Sandbox { .. })
+    rpc.backend == Backend::Host || rpc.changes_previews || matches!(identity, Identity::Sandbox { .. })
 }
 
 /// Takes out what only we may say, and what nobody behind the gateway needs to know.

@@ -262,6 +262,10 @@ impl Sent {
                 self.app.upstreams.wake(sandbox, &self.headers, self.patience).await?;
                 self.call(deadline, upstream::one_message(message)).await
             }
+            (Ok(_), sandbox) => {
+                self.app.catch_up(&self.route.rpc, sandbox.as_deref()).await;
+                answer
+            }
             _ => answer,
         }
     }

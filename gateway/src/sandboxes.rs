@@ -8,7 +8,7 @@ use std::sync::Arc;
 use oc_mesh::{
     error::{Reason, status},
     keys, record,
-    store::SharedStore,
+    store::{Revision, SharedStore},
     view::View,
 };
 use oc_proto::{
@@ -146,12 +146,26 @@ impl Sandboxes {
         Ok(self.stored(sandbox_id).await?.ok_or_else(not_found)?.tenant)
     }
 
+    /// Waits until our copy of a sandbox's record is the one that is stored now, and returns that.
+    ///
+    /// # Errors
+    /// `HOST_UNAVAILABLE`.
+    pub async fn caught_up(&self, sandbox_id: &str) -> Result<Option<SandboxRecord>, Status> {
+        let Some((record, revision)) = self.written(sandbox_id).await? else { return Ok(None) };
+        self.records.reached(revision).await;
+        Ok(Some(record))
+    }
+
     async fn stored(&self, sandbox_id: &str) -> Result<Option<SandboxRecord>, Status> {
+        Ok(self.written(sandbox_id).await?.map(|(record, _)| record))
+    }
+
+    async fn written(&self, sandbox_id: &str) -> Result<Option<(SandboxRecord, Revision)>, Status> {
         if !could_be_an_id(sandbox_id) {
             return Ok(None);
         }
         let found = record::get(&*self.store, &keys::sandbox(sandbox_id)).await;
-        found.map(|found| found.map(|(record, _)| record)).map_err(|error| store_unavailable(&error))
+        found.map_err(|error| store_unavailable(&error))
     }
 
     async fn endpoint(&self, host_id: &str) -> Result<String, Status> {

@@ -60,6 +60,13 @@ const TOKEN_SUFFICES: &[&str] = &[
     "oc.v1.SandboxService.WatchSandbox",
 ];
 
+/// RPCs that change what requests to a sandbox's ports go by.
+const CHANGE_PREVIEWS: &[&str] = &[
+    "oc.v1.PreviewService.CreatePreview",
+    "oc.v1.PreviewService.DeletePreview",
+    "oc.v1.PreviewService.RotatePreviewAuth",
+];
+
 /// Why the contract cannot be served. Found at start: a fault of the build, not of its surroundings.
 #[derive(Debug, thiserror::Error)]
 pub enum SurfaceError {
@@ -98,6 +105,8 @@ pub struct Rpc {
     pub backend: Backend,
     /// The field of the request that names the sandbox, where there is one.
     pub sandbox_field: Option<FieldDescriptor>,
+    /// Whether it changes what requests to the sandbox's ports go by.
+    pub changes_previews: bool,
     /// HTTP status of a successful answer.
     pub success: StatusCode,
 }
@@ -172,7 +181,10 @@ impl Rpc {
         let access = if TOKEN_SUFFICES.contains(&method.full_name()) { Access::Sandbox } else { access };
         let sandbox_field =
             method.input().get_field_by_name(SANDBOX_FIELD).filter(|field| field.kind() == Kind::String);
-        if sandbox_field.is_none() && (access == Access::Sandbox || backend == Backend::Host) {
+        let changes_previews = CHANGE_PREVIEWS.contains(&method.full_name());
+        if sandbox_field.is_none()
+            && (access == Access::Sandbox || backend == Backend::Host || changes_previews)
+        {
             return Err(SurfaceError::NoSandboxField(name));
         }
         let success = match status {
@@ -186,7 +198,7 @@ impl Rpc {
         let path =
             PathAndQuery::try_from(format!("/{}/{}", method.parent_service().full_name(), method.name()))
                 .map_err(|error| rule(error.to_string()))?;
-        Ok(Self { method, path, access, backend, sandbox_field, success })
+        Ok(Self { method, path, access, backend, sandbox_field, changes_previews, success })
     }
 }
 
@@ -211,9 +223,9 @@ mod tests {
     }
 
     #[test]
-    fn every_rpc_that_a_token_suffices_for_exists() {
+    fn every_rpc_that_is_named_here_exists() {
         let surface = Surface::load().unwrap();
-        for name in TOKEN_SUFFICES {
+        for name in TOKEN_SUFFICES.iter().chain(CHANGE_PREVIEWS) {
             assert!(surface.rpcs().any(|rpc| rpc.method.full_name() == *name), "{name} is gone");
         }
     }

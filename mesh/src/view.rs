@@ -100,6 +100,13 @@ impl<M: Message + Default + Send + Sync + 'static> View<M> {
         let mut state = self.shared.state.subscribe();
         let _ = state.wait_for(|state| state.revision >= revision).await;
     }
+
+    /// Waits until there is a record under the prefix and `id`.
+    pub async fn appeared(&self, id: &str) {
+        let mut state = self.shared.state.subscribe();
+        // What a revision has changed is shown before it is told.
+        let _ = state.wait_for(|_| self.shared.records.read().contains_key(id)).await;
+    }
 }
 
 async fn list<M: Message + Default>(

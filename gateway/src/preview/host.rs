@@ -124,6 +124,11 @@ impl Hosts {
         authority.to_str().is_ok_and(|name| matches!(self.look_up(name), Some(Place::Port { .. })))
     }
 
+    /// Waits until a name that a sandbox has claimed is known to be its.
+    pub async fn knows(&self, domain: &str) {
+        self.claims.appeared(domain).await;
+    }
+
     /// What a host name leads to, if that is a preview.
     fn look_up(&self, authority: &str) -> Option<Place> {
         let mut name = name_of(authority)?.to_ascii_lowercase();

@@ -21,6 +21,7 @@ mod file_urls;
 mod grpc;
 mod limits;
 mod preview_bodies;
+mod preview_changes;
 mod previews;
 mod process;
 mod refused;

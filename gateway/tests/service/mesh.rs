@@ -109,6 +109,7 @@ impl Mesh {
         *agent.0.handoffs.lock() = Some(Handoffs::open(&handoffs).await.unwrap());
         serve(&mut tasks, &stop, &socket, routes);
         let scheduler = FakeScheduler::default();
+        scheduler.2.set(Arc::clone(&store)).unwrap();
         let routes = Routes::new(SandboxServiceServer::new(scheduler.clone()))
             .add_service(CheckpointServiceServer::new(scheduler.clone()))
             .add_service(KeyServiceServer::new(scheduler.clone()))

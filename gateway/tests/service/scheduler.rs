@@ -1,25 +1,40 @@
-//! A scheduler that keeps no records: it answers what it was asked with.
+//! A scheduler that keeps no records, but for previews: it answers what it was asked with.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use futures_util::{StreamExt as _, stream, stream::BoxStream};
 use oc_mesh::{
     caller::Caller,
     error::{Reason, status},
+    keys,
+    store::SharedStore,
 };
+use oc_proto::mesh::{PreviewDomain, PreviewEntry, SandboxRecord};
 use oc_proto::v1::{
     key_service_server::KeyService, node_service_server::NodeService, preview_service_server::PreviewService,
     sandbox_service_server::SandboxService, *,
 };
 use parking_lot::Mutex;
+use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
 
-use crate::mesh::UNWAKABLE;
+use crate::mesh::{UNWAKABLE, put, sandbox_record};
 
 #[derive(Debug, Clone, Default)]
-pub struct FakeScheduler(pub Arc<Mutex<Vec<(&'static str, Caller)>>>, pub crate::checkpoints::Asked);
+pub struct FakeScheduler(
+    pub Arc<Mutex<Vec<(&'static str, Caller)>>>,
+    pub crate::checkpoints::Asked,
+    pub Arc<OnceLock<SharedStore>>,
+);
 
 impl FakeScheduler {
+    /// Writes the record of a sandbox of `ours`, with what changes it.
+    async fn write(&self, sandbox_id: &str, change: impl FnOnce(&mut SandboxRecord)) {
+        let mut record = sandbox_record(sandbox_id, "ours", SandboxState::Running, "host-a");
+        change(&mut record);
+        put(self.2.get().unwrap(), &keys::sandbox(sandbox_id), &record).await;
+    }
+
     pub fn note<T>(&self, rpc: &'static str, request: &Request<T>) -> Caller {
         let caller = Caller::from_headers(&request.metadata().clone().into_headers()).unwrap();
         self.0.lock().push((rpc, caller.clone()));
@@ -188,7 +203,13 @@ impl PreviewService for FakeScheduler {
         request: Request<CreatePreviewRequest>,
     ) -> Result<Response<CreatePreviewResponse>, Status> {
         let caller = self.note("CreatePreview", &request);
-        let CreatePreviewRequest { sandbox_id, port, .. } = request.into_inner();
+        let CreatePreviewRequest { sandbox_id, port, domain, .. } = request.into_inner();
+        if !domain.is_empty() {
+            let claim = PreviewDomain { sandbox_id: sandbox_id.clone(), claimed_at: None };
+            put(self.2.get().unwrap(), &keys::preview_domain(&domain), &claim).await;
+            let entry = PreviewEntry { port, domain, ..Default::default() };
+            self.write(&sandbox_id, |record| record.previews.push(entry)).await;
+        }
         let hostname = format!("{sandbox_id}-p{port}.{}", caller.preview_domain);
         let preview = Preview { sandbox_id, port, hostname, ..Default::default() };
         Ok(Response::new(CreatePreviewResponse { preview: Some(preview), existed: port == 80 }))
@@ -214,7 +235,10 @@ impl PreviewService for FakeScheduler {
         &self,
         request: Request<RotatePreviewAuthRequest>,
     ) -> Result<Response<RotatePreviewAuthResponse>, Status> {
-        self.note("RotatePreviewAuth", &request);
+        // Whoever asks says which token is to be the new one.
+        let caller = self.note("RotatePreviewAuth", &request);
+        let hash = hex::encode(Sha256::digest(&caller.request_id));
+        self.write(&request.get_ref().sandbox_id, |record| record.preview_token_hash = hash).await;
         Ok(Response::new(RotatePreviewAuthResponse::default()))
     }
 }

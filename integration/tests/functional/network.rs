@@ -196,11 +196,11 @@ const PROBE: &str = include_str!("network/probe.py");
 
 /// Run in the guest: as many conversations as it can begin.
 const CROWD: &str = r"
-import socket, sys
-for number in range(300):
-    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    one.sendto(b'crowd %d' % number, (sys.argv[1], int(sys.argv[2])))
-    one.close()
+import socket, sys, time
+all = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(300)]
+while True:
+    for number, one in enumerate(all): one.sendto(b'crowd %d' % number, (sys.argv[1], int(sys.argv[2])))
+    time.sleep(1)
 ";
 
 /// Run in the guest: sends as much as it gets in the test, and says how much has arrived, and in how many seconds.
@@ -361,15 +361,17 @@ pub async fn a_hostile_sandbox_reaches_nothing_that_it_should_not(_: Arc<Mesh>) 
     let hold = format!("(bash -c '{hold}' > /dev/null 2>&1 &); until [ -e held ]; do sleep 0.1; done");
     hostile.run(&hold).await?;
     hostile.put("crowd.py", CROWD).await?.expect(204)?;
-    hostile.run(&format!("python3 crowd.py {} {PORT}", world.excepted)).await?;
-    let crowd = || world.datagrams().into_iter().filter(|(_, text)| text.starts_with(b"crowd")).count();
-    eventually("the first of them", async || {
-        ensure!(crowd() > 30, "{}", crowd());
+    hostile.run(&format!("python3 crowd.py {} {PORT} > /dev/null 2>&1 &", world.excepted)).await?;
+    // What it has had before counts until it is forgotten; then the crowd takes its place.
+    eventually("one more is too many", async || {
+        let reached = reach(&hostile, &world.public).await?;
+        ensure!(reached == "shut", "{reached}");
         Ok(())
     })
     .await?;
-    assert_eq!(reach(&hostile, &world.public).await?, "shut", "one more is too many");
-    assert!(crowd() <= 128, "{} conversations", crowd());
+    let sent = world.datagrams().into_iter().map(|(_, text)| text);
+    let crowd: BTreeSet<_> = sent.filter(|text| text.starts_with(b"crowd")).collect();
+    assert!((30..=128).contains(&crowd.len()), "{} conversations", crowd.len());
     assert_eq!(reaches(&other, &world.public).await?, world.public_of_host, "the other has its own share");
     followed::end_with_their_sandbox(&mesh, hostile, world.excepted.parse()?).await?;
 
