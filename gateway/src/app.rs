@@ -21,7 +21,7 @@ use oc_mesh::{
 use oc_proto::mesh::{HostRecord, KeyRecord, SandboxRecord, SchedulerRecord};
 use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, body::Body};
+use tonic::body::Body;
 
 use crate::{
     auth::{Authenticator, Identity, file_url::FileUrls, keys::ApiKeys},
@@ -281,15 +281,7 @@ impl App {
     /// as fast, but nobody waits for them.
     pub(crate) async fn catch_up(&self, rpc: &Rpc, sandbox_id: Option<&str>) {
         let Some(sandbox_id) = sandbox_id.filter(|_| rpc.changes_previews) else { return };
-        let caught_up = async {
-            let record = self.upstreams.sandboxes().caught_up(sandbox_id).await?;
-            for entry in
-                record.iter().flat_map(|record| &record.previews).filter(|entry| !entry.domain.is_empty())
-            {
-                self.previews.hosts.knows(&entry.domain).await;
-            }
-            Ok::<_, Status>(())
-        };
+        let caught_up = self.upstreams.sandboxes().caught_up(sandbox_id, self.previews.hosts.claims());
         if !matches!(timeout(CATCHES_UP_WITHIN, caught_up).await, Ok(Ok(()))) {
             tracing::warn!(sandbox_id, "a preview has changed, and requests do not go by it yet");
         }

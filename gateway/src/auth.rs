@@ -36,6 +36,7 @@ use tonic::Status;
 use crate::{
     auth::keys::ApiKeys,
     rest::request::unescape,
+    sandboxes::{could_be_an_id, not_found},
     surface::{Access, Rpc},
 };
 
@@ -95,12 +96,13 @@ impl Identity {
     /// Whether the caller may name this sandbox. Whose it is, is checked where its record is read.
     ///
     /// # Errors
-    /// `WRONG_SANDBOX`.
+    /// `WRONG_SANDBOX`; `SANDBOX_NOT_FOUND` for what names none.
     pub fn may_name(&self, sandbox: &str) -> Result<(), Status> {
         match self {
             Self::Sandbox { sandbox_id, .. } if sandbox_id != sandbox => {
                 Err(status(Reason::WrongSandbox, "the token is for another sandbox"))
             }
+            _ if !could_be_an_id(sandbox) => Err(not_found()),
             _ => Ok(()),
         }
     }

@@ -81,7 +81,10 @@ async fn pass_through(
     make_trusted(&mut parts.headers);
     parts.headers.extend(trusted);
     let response = relay::relay(channel, Request::from_parts(parts, body), ()).await;
-    app.catch_up(rpc, sandbox.as_deref()).await;
+    // What was refused has its status in the headers, and has changed nothing.
+    if Status::from_header_map(response.headers()).is_none() {
+        app.catch_up(rpc, sandbox.as_deref()).await;
+    }
     Ok(if endless::is_endless(rpc) { endless::until(response, app.draining()) } else { response })
 }
 

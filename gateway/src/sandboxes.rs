@@ -8,11 +8,11 @@ use std::sync::Arc;
 use oc_mesh::{
     error::{Reason, status},
     keys, record,
-    store::{Revision, SharedStore},
+    store::{SharedStore, StoreError},
     view::View,
 };
 use oc_proto::{
-    mesh::{HostRecord, SandboxRecord, SandboxTransition},
+    mesh::{HostRecord, PreviewDomain, SandboxRecord, SandboxTransition},
     v1::SandboxState,
 };
 use tokio::sync::Semaphore;
@@ -146,26 +146,25 @@ impl Sandboxes {
         Ok(self.stored(sandbox_id).await?.ok_or_else(not_found)?.tenant)
     }
 
-    /// Waits until our copy of a sandbox's record is the one that is stored now, and returns that.
+    /// Waits until our copy of a sandbox's record is as it is stored now, and those of the `claims` of its host names are.
     ///
     /// # Errors
-    /// `HOST_UNAVAILABLE`.
-    pub async fn caught_up(&self, sandbox_id: &str) -> Result<Option<SandboxRecord>, Status> {
-        let Some((record, revision)) = self.written(sandbox_id).await? else { return Ok(None) };
-        self.records.reached(revision).await;
-        Ok(Some(record))
+    /// The store cannot be read.
+    pub async fn caught_up(&self, sandbox_id: &str, claims: &View<PreviewDomain>) -> Result<(), StoreError> {
+        let record = self.records.caught_up(&*self.store, sandbox_id).await?;
+        let domains = record.iter().flat_map(|record| &record.previews).map(|entry| &entry.domain);
+        for domain in domains.filter(|domain| !domain.is_empty()) {
+            claims.caught_up(&*self.store, domain).await?;
+        }
+        Ok(())
     }
 
     async fn stored(&self, sandbox_id: &str) -> Result<Option<SandboxRecord>, Status> {
-        Ok(self.written(sandbox_id).await?.map(|(record, _)| record))
-    }
-
-    async fn written(&self, sandbox_id: &str) -> Result<Option<(SandboxRecord, Revision)>, Status> {
         if !could_be_an_id(sandbox_id) {
             return Ok(None);
         }
         let found = record::get(&*self.store, &keys::sandbox(sandbox_id)).await;
-        found.map_err(|error| store_unavailable(&error))
+        found.map(|found| found.map(|(record, _)| record)).map_err(|error| store_unavailable(&error))
     }
 
     async fn endpoint(&self, host_id: &str) -> Result<String, Status> {
@@ -181,17 +180,17 @@ impl Sandboxes {
     }
 }
 
-fn store_unavailable(error: &oc_mesh::store::StoreError) -> Status {
+fn store_unavailable(error: &StoreError) -> Status {
     tracing::warn!(%error, "a record could not be read");
     status(Reason::HostUnavailable, "the record store cannot be reached")
 }
 
-fn not_found() -> Status {
+pub(crate) fn not_found() -> Status {
     status(Reason::SandboxNotFound, "there is no such sandbox")
 }
 
-/// Keeps what cannot be an ID away from the store: `sb-` and 20 characters (oc/v1/sandbox.proto).
-fn could_be_an_id(text: &str) -> bool {
+/// Keeps what cannot be an ID away from the store, from the log and from other parts: `sb-` and 20 characters (oc/v1/sandbox.proto).
+pub(crate) fn could_be_an_id(text: &str) -> bool {
     text.len() <= 64
         && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     record,
-    store::{Event, Revision, SharedStore, StoreError},
+    store::{Event, Revision, SharedStore, Store, StoreError},
 };
 
 /// Pause before a broken watch is tried again.
@@ -87,12 +87,11 @@ impl<M: Message + Default + Send + Sync + 'static> View<M> {
         self.shared.state.borrow().is_current
     }
 
-    /// Waits for the next change after this call.
-    pub async fn changed(&self) {
-        let mut state = self.shared.state.subscribe();
-        let before = state.borrow_and_update().revision;
-        // The sender lives as long as this view.
-        let _ = state.wait_for(|state| state.revision != before).await;
+    /// Tells of changes from here on.
+    pub fn changes(&self) -> Changes<M> {
+        let state = self.shared.state.subscribe();
+        let told = state.borrow().revision;
+        Changes { state, told, _view: self.clone() }
     }
 
     /// Waits until `revision` is shown: after a write of one's own that changed something under the prefix.
@@ -101,11 +100,33 @@ impl<M: Message + Default + Send + Sync + 'static> View<M> {
         let _ = state.wait_for(|state| state.revision >= revision).await;
     }
 
-    /// Waits until there is a record under the prefix and `id`.
-    pub async fn appeared(&self, id: &str) {
-        let mut state = self.shared.state.subscribe();
-        // What a revision has changed is shown before it is told.
-        let _ = state.wait_for(|_| self.shared.records.read().contains_key(id)).await;
+    /// Waits until the record under the prefix and `id` is shown as `store` has it now, if it has one; that record. One that was removed may
+    /// be shown a little longer.
+    pub async fn caught_up(&self, store: &dyn Store, id: &str) -> Result<Option<M>, StoreError> {
+        let Some((record, revision)) = record::get(store, &format!("{}{id}", self.prefix)).await? else {
+            return Ok(None);
+        };
+        self.reached(revision).await;
+        Ok(Some(record))
+    }
+}
+
+/// The changes of a view. None is left out, whatever whoever asks does meanwhile; several may be told as one.
+#[derive(Debug)]
+pub struct Changes<M> {
+    state: watch::Receiver<State>,
+    told: Revision,
+    /// What sends them lives as long as this.
+    _view: View<M>,
+}
+
+impl<M> Changes<M> {
+    /// Waits until there is one that was not told yet. Nothing is lost if this is dropped.
+    pub async fn next(&mut self) {
+        let told = self.told;
+        if let Ok(state) = self.state.wait_for(|state| state.revision != told).await {
+            self.told = state.revision;
+        }
     }
 }
 

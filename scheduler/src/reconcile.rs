@@ -89,6 +89,7 @@ impl Reconciler {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         counts.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let hosts = self.sandboxes.agents.hosts().clone();
+        let mut changes = hosts.changes();
         loop {
             let mut due: Vec<Option<String>> = Vec::new();
             tokio::select! {
@@ -113,7 +114,7 @@ impl Reconciler {
                     due.extend(hosts.all().into_iter().map(|(host_id, _)| Some(host_id)));
                     self.sandboxes.agents.forget_gone();
                 }
-                () = hosts.changed() => {
+                () = changes.next() => {
                     due.extend(hosts.all().into_iter().map(|(id, _)| id).filter(|id| !known.contains(id)).map(Some));
                 }
             }

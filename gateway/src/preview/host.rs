@@ -124,9 +124,10 @@ impl Hosts {
         authority.to_str().is_ok_and(|name| matches!(self.look_up(name), Some(Place::Port { .. })))
     }
 
-    /// Waits until a name that a sandbox has claimed is known to be its.
-    pub async fn knows(&self, domain: &str) {
-        self.claims.appeared(domain).await;
+    /// Whose names are whose.
+    #[must_use]
+    pub fn claims(&self) -> &View<PreviewDomain> {
+        &self.claims
     }
 
     /// What a host name leads to, if that is a preview.

@@ -1,13 +1,14 @@
 use std::time::Duration;
 
+use http::Method;
 use oc_gateway::{listener::Limits, surface::Surface};
 use oc_mesh::error::reason_of;
 use oc_proto::{
     google::api::HttpBody,
     v1::{
-        ReadFileRequest, RunRequest, WatchSandboxRequest, WriteFileRequest,
+        ReadFileRequest, RotatePreviewAuthRequest, RunRequest, WatchSandboxRequest, WriteFileRequest,
         exec_service_client::ExecServiceClient, file_service_client::FileServiceClient,
-        sandbox_service_client::SandboxServiceClient,
+        preview_service_client::PreviewServiceClient, sandbox_service_client::SandboxServiceClient,
     },
 };
 use prost_reflect::DynamicMessage;
@@ -190,4 +191,22 @@ async fn health_and_reflection_are_open_and_show_the_public_part_alone() {
     let names: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
     assert!(names.iter().any(|name| name == "oc.v1.FileService"), "{names:?}");
     assert!(!names.iter().any(|name| name.starts_with("oc.mesh")), "{names:?}");
+}
+
+#[tokio::test]
+async fn what_can_be_no_sandbox_goes_no_further() {
+    let mesh = Mesh::start().await;
+    // Longer than what a header may have on the connection that all share to a scheduler.
+    for name in ["a".repeat(70_000), "sb-A".to_owned(), "sb-1/../2".to_owned()] {
+        let mut client = PreviewServiceClient::new(mesh.channel().await);
+        let asks = RotatePreviewAuthRequest { sandbox_id: name.clone(), remove: false };
+        let error = client.rotate_preview_auth(with(&mesh.key, asks)).await.unwrap_err();
+        assert_eq!(reason_of(&error).as_deref(), Some("SANDBOX_NOT_FOUND"));
+        let mut client = ExecServiceClient::new(mesh.channel().await);
+        let error = client.run(with(&mesh.key, run(&name, "bytes", &[]))).await.unwrap_err();
+        assert_eq!(reason_of(&error).as_deref(), Some("SANDBOX_NOT_FOUND"));
+    }
+    let path = format!("/api/sandboxes/{}", "a".repeat(65_000));
+    assert_eq!(mesh.call(Method::GET, &path, "").await.error(), (404, "SANDBOX_NOT_FOUND".into()));
+    assert_eq!(mesh.scheduler.0.lock().len(), 0);
 }

@@ -107,8 +107,8 @@ async fn a_client_that_stops_amid_its_upload_is_told_so() {
 #[tokio::test]
 async fn a_port_that_stops_amid_an_upload_is_what_is_told_of() {
     let change = |settings: &mut Settings| {
-        settings.previews.answer = Duration::from_millis(300);
-        settings.linger = PATIENCE;
+        settings.previews.answer = Duration::from_secs(2);
+        settings.linger = PATIENCE / 2;
     };
     for mesh in both_ways(change).await {
         let server = Server::start().await;

@@ -53,3 +53,20 @@ async fn a_host_name_leads_to_its_port_as_soon_as_it_is_told() {
         assert_eq!(get(&mesh, &domain, "").await.status, 200, "{turn}");
     }
 }
+
+#[tokio::test]
+async fn a_host_name_that_moves_leads_to_who_has_it_as_soon_as_it_is_told() {
+    let (mesh, server) = (Mesh::start().await, Server::start().await);
+    let path = |sandbox: &str| format!("/api/sandboxes/{sandbox}/preview");
+    let asks = format!(r#"{{"port": {}, "domain": "app.example"}}"#, server.port);
+    let (mut old, mut new) = (SANDBOX, "sb-0000000000000000000a");
+    assert_eq!(mesh.call(Method::POST, &path(old), asks.clone()).await.status, 201);
+    for turn in 0..TIMES {
+        let one = format!("{}/{}", path(old), server.port);
+        assert_eq!(mesh.call(Method::DELETE, &one, "").await.status, 204);
+        assert_eq!(get(&mesh, "app.example", "").await.status, 404, "{turn}");
+        assert_eq!(mesh.call(Method::POST, &path(new), asks.clone()).await.status, 201);
+        assert_eq!(get(&mesh, "app.example", "").await.status, 200, "{turn}");
+        (old, new) = (new, old);
+    }
+}

@@ -228,6 +228,7 @@ impl PreviewService for FakeScheduler {
         request: Request<DeletePreviewRequest>,
     ) -> Result<Response<DeletePreviewResponse>, Status> {
         self.note("DeletePreview", &request);
+        self.write(&request.get_ref().sandbox_id, |record| record.previews.clear()).await;
         Ok(Response::new(DeletePreviewResponse {}))
     }
 

@@ -50,13 +50,39 @@ async fn a_view_lists_then_follows() {
     assert!(view.get("members/hosts/a").is_none());
     until("the view to be current", async || view.is_current()).await;
 
-    let changed = view.changed();
+    let mut changes = view.changes();
+    let changed = changes.next();
     tokio::pin!(changed);
     assert!(futures_util::poll!(&mut changed).is_pending());
     let written = run(&store, vec![host("c", 1), host("a", 2), removed("b")]).await;
     within("the change", changed).await;
     within("the revision", view.reached(written)).await;
     assert_eq!(shown(&view), [("a".into(), 2), ("c".into(), 1)]);
+}
+
+#[tokio::test]
+async fn changes_are_told_to_who_was_busy_when_they_came() {
+    let (store, _directory) = store().await;
+    let (view, _cancel) = start(&store).await;
+    let mut changes = view.changes();
+    for _ in 0..2 {
+        let written = run(&store, vec![host("a", 1)]).await;
+        within("the revision", view.reached(written)).await;
+        within("the change", changes.next()).await;
+        assert!(futures_util::poll!(std::pin::pin!(changes.next())).is_pending(), "it is told once");
+    }
+}
+
+#[tokio::test]
+async fn who_catches_up_is_shown_what_is_stored() {
+    let (store, _directory) = store().await;
+    let (view, _cancel) = start(&store).await;
+    for number in 1..30 {
+        run(&store, vec![host("a", number)]).await;
+        let stored = within("the record", view.caught_up(&*store, "a")).await.unwrap().unwrap();
+        assert_eq!((shown(&view), stored), (vec![("a".into(), number)], (*view.get("a").unwrap()).clone()));
+    }
+    assert_eq!(within("nothing", view.caught_up(&*store, "b")).await.unwrap(), None);
 }
 
 #[tokio::test]
@@ -142,7 +168,8 @@ async fn a_view_lists_anew_after_compaction() {
     let missed = run(&inner, vec![host("a", 2), removed("b")]).await;
     let newest = run(&inner, vec![record::put("other/x", &HostRecord::default())]).await;
     faulty.compact(newest);
-    let changed = view.changed();
+    let mut changes = view.changes();
+    let changed = changes.next();
     tokio::pin!(changed);
     assert!(futures_util::poll!(&mut changed).is_pending());
     faulty.set_down(false);
@@ -177,5 +204,5 @@ async fn a_cancelled_view_lets_go_of_the_store() {
     assert!(Arc::strong_count(&store) > 1);
     drop(cancel);
     until("the view to let go", async || Arc::strong_count(&store) == 1).await;
-    tokio::time::timeout(Duration::from_millis(50), view.changed()).await.unwrap_err();
+    tokio::time::timeout(Duration::from_millis(50), view.changes().next()).await.unwrap_err();
 }
