@@ -68,7 +68,7 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// damaged.
     async fn verify_snapshot(&self, snapshot_id: &str) -> Result<Whole, MakeError>;
 
-    /// Has no guest reach these addresses, and those that it was told before again.
+    /// Has no guest reach these addresses, nor those that it was told before.
     async fn seclude(&self, parts: &BTreeSet<SocketAddr>) -> io::Result<()>;
 
     /// Removes what belongs to no VM: what the host's VMs share. For a host that ends for good.

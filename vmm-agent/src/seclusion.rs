@@ -2,8 +2,9 @@
 //! them says, so no guest may reach them, whatever an operator has excepted from what is denied, and even where their addresses
 //! are of the internet.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, io, net::SocketAddr, sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use oc_mesh::{
     endpoint::Endpoint,
     keys,
@@ -16,7 +17,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use crate::{app::AppError, backend::Backend};
 
@@ -33,10 +34,10 @@ pub struct Seclusion {
     store: Vec<String>,
     hosts: View<HostRecord>,
     schedulers: View<SchedulerRecord>,
-    /// All that were seen since the agent has come up: who is no member at the moment may listen all the same.
+    /// All that guests are kept from since the agent has come up: who is no member at the moment may listen all the same.
     seen: BTreeSet<SocketAddr>,
-    /// Those of them that the backend keeps guests from; unknown at first.
-    kept: Option<BTreeSet<SocketAddr>>,
+    /// Names that nobody has found lately.
+    lost: BTreeSet<String>,
 }
 
 impl Seclusion {
@@ -53,22 +54,27 @@ impl Seclusion {
     ) -> Result<Self, AppError> {
         let hosts = View::start(store.clone(), keys::HOSTS, cancel.clone()).await?;
         let schedulers = View::start(store, keys::SCHEDULERS, cancel.clone()).await?;
-        let (store, seen, kept) = (store::members(url), BTreeSet::new(), None);
-        let mut seclusion = Self { backend, store, hosts, schedulers, seen, kept };
+        let (store, seen, lost) = (store::members(url), BTreeSet::new(), BTreeSet::new());
+        let mut seclusion = Self { backend, store, hosts, schedulers, seen, lost };
         seclusion.look().await?;
         Ok(seclusion)
     }
 
     /// Follows what joins, until `cancel`.
-    pub async fn keep(mut self, cancel: CancellationToken) {
+    pub async fn keep(self, cancel: CancellationToken) {
+        cancel.run_until_cancelled_owned(self.follow()).await;
+    }
+
+    async fn follow(mut self) {
         let mut anew = interval(ANEW);
         anew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut hosts, mut schedulers) = (self.hosts.changes(), self.schedulers.changes());
         loop {
+            // The first tick comes at once: what has joined since it was looked is seen by that.
             tokio::select! {
-                () = self.hosts.changed() => {}
-                () = self.schedulers.changed() => {}
+                () = hosts.next() => {}
+                () = schedulers.next() => {}
                 _ = anew.tick() => {}
-                () = cancel.cancelled() => return,
             }
             if let Err(error) = self.look().await {
                 warn!(%error, "guests may reach parts of the mesh that are new");
@@ -77,16 +83,28 @@ impl Seclusion {
     }
 
     async fn look(&mut self) -> Result<(), AppError> {
-        for place in self.places() {
-            match timeout(FOUND_WITHIN, lookup_host(&place)).await {
-                Ok(Ok(addresses)) => self.seen.extend(addresses),
-                Ok(Err(error)) => debug!(place, %error, "nobody finds a part of the mesh"),
-                Err(_) => debug!(place, "a part of the mesh is not found in time"),
+        let looks = self.places().into_iter().map(async |place| {
+            let found = timeout(FOUND_WITHIN, lookup_host(&place)).await;
+            let found = found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            (found.map(Vec::from_iter), place)
+        });
+        let mut found = self.seen.clone();
+        for (addresses, place) in join_all(looks).await {
+            match addresses {
+                Ok(addresses) => {
+                    self.lost.remove(&place);
+                    found.extend(addresses);
+                }
+                Err(error) => {
+                    if self.lost.insert(place.clone()) {
+                        warn!(place, %error, "guests may reach a part of the mesh that is not found");
+                    }
+                }
             }
         }
-        if self.kept.as_ref() != Some(&self.seen) {
-            self.backend.seclude(&self.seen).await.map_err(AppError::Seclusion)?;
-            self.kept = Some(self.seen.clone());
+        if found != self.seen {
+            self.backend.seclude(&found).await.map_err(AppError::Seclusion)?;
+            self.seen = found;
         }
         Ok(())
     }

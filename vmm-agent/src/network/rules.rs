@@ -244,18 +244,17 @@ table inet {table} {{
     )
 }
 
-/// Sets where the parts of the mesh listen, in what [`of_host`] has made.
+/// Adds to where the parts of the mesh listen, in what [`of_host`] has made. None is taken out: who is no member at the moment, or is not
+/// found, may listen all the same.
 pub fn parts(names: &Names, parts: &BTreeSet<SocketAddr>) -> String {
     let table = names.table();
     let set = |name: &str, is_its: fn(&&SocketAddr) -> bool| {
         let own: Vec<_> =
             parts.iter().filter(is_its).map(|part| format!("{} . {}", part.ip(), part.port())).collect();
-        let filled = if own.is_empty() {
-            String::new()
-        } else {
-            format!("add element inet {table} {name} {{ {} }}\n", list(&own))
-        };
-        format!("flush set inet {table} {name}\n{filled}")
+        if own.is_empty() {
+            return String::new();
+        }
+        format!("add element inet {table} {name} {{ {} }}\n", list(&own))
     };
     set("parts4", |part| part.is_ipv4()) + &set("parts6", |part| part.is_ipv6())
 }
@@ -339,6 +338,35 @@ mod tests {
                 assert_eq!(sets.map(listed), all);
             }
             assert!(listed("allowed4").contains("10.1.2.0/24"), "the rest is as it was");
+        };
+        thread::spawn(in_its_namespace).join().unwrap();
+    }
+
+    #[test]
+    fn what_guests_are_kept_from_stays_whatever_an_agent_knows_of() {
+        let in_its_namespace = || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let (names, pair) = (Names::new("testtest"), Pair::of_agent(0));
+            let told = |all: &[&str]| {
+                let all = all.iter().map(|part| part.parse().unwrap()).collect();
+                load(&parts(&names, &all)).unwrap();
+            };
+            let kept = |set: &str| {
+                let listed =
+                    Command::new("nft").args(["list", "set", "inet", &names.table(), set]).output().unwrap();
+                String::from_utf8(listed.stdout).unwrap()
+            };
+            for _ in 0..2 {
+                load(&of_host(&names, &pair)).unwrap();
+                told(&[]);
+                told(&["10.1.2.3:7000", "[fd00::1]:7100"]);
+                // The next agent finds one of them, and another.
+                load(&of_host(&names, &pair)).unwrap();
+                told(&["10.1.2.3:7000", "10.1.2.4:7000"]);
+                let (four, six) = (kept("parts4"), kept("parts6"));
+                assert!(four.contains("10.1.2.3 . 7000") && four.contains("10.1.2.4 . 7000"), "{four}");
+                assert!(six.contains("fd00::1 . 7100"), "{six}");
+            }
         };
         thread::spawn(in_its_namespace).join().unwrap();
     }
