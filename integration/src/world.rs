@@ -34,7 +34,7 @@ const HTTP_PORT: u16 = 80;
 /// How the names of all worlds begin.
 pub const PREFIX: &str = "ocw";
 /// As long as a client may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Who sent one, and what is in it.
 pub type Datagram = (String, Vec<u8>);
@@ -68,8 +68,13 @@ impl World {
     /// If this machine does not permit.
     pub fn make() -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        // Two tests that run at once have nothing in common.
-        let (a, b) = (std::process::id() % 250, NEXT.fetch_add(1, Ordering::Relaxed) * 8);
+        // Two tests that run at once have nothing in common, nor has one with what another, that was killed, has left.
+        let mut addresses = Command::new("ip");
+        addresses.args(["-o", "-4", "address"]);
+        let there = succeeded(addresses)?;
+        let mut free = (0..250).map(|more| (std::process::id() + more) % 250);
+        let a = free.find(|a| !there.contains(&format!(" 25.213.{a}."))).context("no address is free")?;
+        let b = NEXT.fetch_add(1, Ordering::Relaxed) * 8;
         let name = format!("{PREFIX}{}-{b}", std::process::id());
         let world = Self {
             public: format!("25.213.{a}.{}", b + 2),

@@ -13,6 +13,7 @@ use oc_vmm_agent::network::{
     namespace,
     plan::{GUEST, GUEST6, Names, Pair},
 };
+use serde_json::json;
 
 /// Run as the guest's root: ends connections for its own namespace alone, if that can be done.
 const DESYNC: &str = include_str!("network/desync.py");
@@ -59,11 +60,12 @@ pub async fn end_for_all(mesh: &Mesh, sandbox: &Sandbox, world: &World) -> anyho
     let (tables, vms) = (Tables::of(mesh)?, mesh.networks()?);
     sandbox.put("desync.py", DESYNC).await?.expect(204)?;
     let script = format!(
-        "(python3 /home/sandbox/desync.py {} {} {PORT} > /tmp/desync 2> /tmp/desync.log &); \
-         until [ -s /tmp/desync ]; do sleep 0.1; pgrep -f [d]esync.py > /dev/null || {{ cat /tmp/desync.log >&2; exit 1; }}; done",
+        "(python3 /home/sandbox/desync.py {} {} {PORT} > /tmp/desync 2> /tmp/desync.log; touch /tmp/desync.ended) > /dev/null 2>&1 & \
+         until [ -s /tmp/desync ]; do [ -e /tmp/desync.ended ] && {{ cat /tmp/desync.log >&2; exit 1; }}; sleep 0.5; done",
         world.excepted, world.excepted6
     );
-    sandbox.run_as_root(&script).await.context("it sends what it should not")?;
+    let ran = sandbox.run_with(json!({ "cmd": script, "user": "root", "timeout": 300 })).await?;
+    ensure!(ran.code == 0, "it does not send what it should not: {}", ran.stderr);
     let (four, six) = (world.excepted.parse()?, world.excepted6.parse()?);
     eventually("what has ended is forgotten by all, and what has not by none", async || {
         let counts = [tables.count(&vms, four).await?, tables.count(&vms, six).await?];
@@ -75,23 +77,30 @@ pub async fn end_for_all(mesh: &Mesh, sandbox: &Sandbox, world: &World) -> anyho
     Ok(())
 }
 
-/// A sandbox that has something open to `world` is deleted, and what it began is followed no more where it passed.
-pub async fn end_with_their_sandbox(mesh: &Mesh, sandbox: Sandbox, world: IpAddr) -> anyhow::Result<()> {
+/// A sandbox that has something open to a world, at both of these addresses of it, is deleted, and what it began is followed no more where
+/// it passed.
+pub async fn end_with_their_sandbox(mesh: &Mesh, sandbox: Sandbox, world: [IpAddr; 2]) -> anyhow::Result<()> {
     let Tables { names, of_agent } = Tables::of(mesh)?;
-    let on_host = || anyhow::Ok(connections::begun_by(of_agent.far.into())?);
-    let is_open = |one: &Connection| one.asks.to.ip() == world && one.asks.protocol == TCP;
-    assert!(on_host()?.iter().any(is_open), "there is one");
+    let begun_by = |pair: Pair| {
+        let mut all = connections::begun_by(pair.far.into())?;
+        all.extend(connections::begun_by(pair.far6.into())?);
+        std::io::Result::Ok(all)
+    };
+    for address in world {
+        let is_open = |one: &Connection| one.asks.to.ip() == address && one.asks.protocol == TCP;
+        assert!(begun_by(of_agent)?.iter().any(is_open), "there is one to {address}");
+    }
     let before = mesh.networks()?;
     sandbox.delete().await?;
     eventually("they are forgotten", async || {
-        let mut left = on_host()?;
-        left.retain(|one| one.asks.to.ip() == world);
+        let mut left = begun_by(of_agent)?;
+        left.retain(|one| world.contains(&one.asks.to.ip()));
         ensure!(left.is_empty(), "on the host: {left:?}");
         let after = mesh.networks()?;
         let gone: Vec<_> = before.difference(&after).map(|number| Pair::of_vm(*number)).collect();
         ensure!(!gone.is_empty(), "its network is there yet: {after:?}");
         for pair in gone {
-            let left = namespace::enter(names.hub(), move || connections::begun_by(pair.far.into())).await?;
+            let left = namespace::enter(names.hub(), move || begun_by(pair)).await?;
             ensure!(left.is_empty(), "in the agent's namespace: {left:?}");
         }
         Ok(())

@@ -66,4 +66,8 @@ options = struct.pack('!BBBBBBBB', TCP, 0, 0x7e, 4, 0, 0, 0, 0)
 fragment = struct.pack('!BBHI', HOPOPTS, 0, 0, 77)
 raw.send(frame6(server6, FRAGMENT, fragment + options + segment(server6, *numbers, b'')))
 print(one.getsockname()[1], flush=True)
+# Who is silent is hung up on.
+for _ in range(15):
+    time.sleep(5)
+    one.sendall(b'0')
 time.sleep(10000)
