@@ -277,7 +277,7 @@ impl App {
         }
     }
 
-    /// Waits until requests to a sandbox's ports go by what this call has changed, and its caller may be told so. The others' gateways learn it
+    /// Waits until requests to a sandbox's ports go by what this call has changed, and its caller may be told so. Other gateways learn it
     /// as fast, but nobody waits for them.
     pub(crate) async fn catch_up(&self, rpc: &Rpc, sandbox_id: Option<&str>) {
         let Some(sandbox_id) = sandbox_id.filter(|_| rpc.changes_previews) else { return };

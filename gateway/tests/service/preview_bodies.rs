@@ -20,7 +20,7 @@ use tonic::body::Body;
 use crate::{
     client::{client, collect},
     http2::Http2,
-    mesh::SANDBOX,
+    mesh::{Mesh, SANDBOX},
     ports::Server,
     previews::{PATIENCE, both_ways, get, host, raw, request},
 };
@@ -154,6 +154,19 @@ async fn hasty(answer: &'static str, reads_on: bool) -> (u16, JoinHandle<usize>)
     (port, serving)
 }
 
+/// Begins an upload, and waits for an answer with that end; the connection, and the answer.
+async fn answered_early(mesh: &Mesh, name: &str, end: &[u8]) -> (TcpStream, Vec<u8>) {
+    let mut stream = TcpStream::connect(mesh.address).await.unwrap();
+    let head = format!("POST / HTTP/1.1\r\nHost: {name}\r\nContent-Length: {UPLOADED}\r\n\r\nx");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(end) {
+        let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.unwrap().unwrap();
+        assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer));
+    }
+    (stream, answer)
+}
+
 #[tokio::test]
 async fn an_answer_that_falls_silent_is_broken_off() {
     for mesh in both_ways(|settings| settings.previews.silence = Duration::from_millis(300)).await {
@@ -170,14 +183,7 @@ async fn a_port_may_answer_before_it_has_all() {
     for mesh in both_ways(|_| ()).await {
         let (port, serving) = hasty("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", true).await;
         let name = host(SANDBOX, port);
-        let mut stream = TcpStream::connect(mesh.address).await.unwrap();
-        let head = format!("POST / HTTP/1.1\r\nHost: {name}\r\nContent-Length: {UPLOADED}\r\n\r\nx");
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\nok") {
-            let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.unwrap().unwrap();
-            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer));
-        }
+        let (mut stream, _) = answered_early(&mesh, &name, b"\r\n\r\nok").await;
         stream.write_all(&vec![b'x'; UPLOADED - 1]).await.unwrap();
         assert_eq!(tokio::time::timeout(PATIENCE, serving).await.unwrap().unwrap(), UPLOADED);
 
@@ -204,14 +210,7 @@ async fn what_a_port_refuses_amid_an_upload_is_told_at_once() {
         let refusal = "HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno";
         let (port, serving) = hasty(refusal, false).await;
         let name = host(SANDBOX, port);
-        let mut stream = TcpStream::connect(mesh.address).await.unwrap();
-        let head = format!("POST / HTTP/1.1\r\nHost: {name}\r\nContent-Length: {UPLOADED}\r\n\r\nx");
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\nno") {
-            let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.unwrap().unwrap();
-            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer));
-        }
+        let (_stream, answer) = answered_early(&mesh, &name, b"\r\n\r\nno").await;
         assert!(answer.starts_with(b"HTTP/1.1 413 "));
         serving.abort();
     }

@@ -9,10 +9,12 @@ use oc_mesh::{
     keys,
     store::SharedStore,
 };
-use oc_proto::mesh::{PreviewDomain, PreviewEntry, SandboxRecord};
-use oc_proto::v1::{
-    key_service_server::KeyService, node_service_server::NodeService, preview_service_server::PreviewService,
-    sandbox_service_server::SandboxService, *,
+use oc_proto::{
+    mesh::{PreviewDomain, PreviewEntry, SandboxRecord},
+    v1::{
+        key_service_server::KeyService, node_service_server::NodeService,
+        preview_service_server::PreviewService, sandbox_service_server::SandboxService, *,
+    },
 };
 use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};

@@ -300,9 +300,9 @@ mod tests {
         *,
     };
 
-    /// A set of a VM's filter, as nft writes it.
-    fn listed(set: &str) -> String {
-        let listed = Command::new("nft").args(["list", "set", "inet", "oc", set]).output().unwrap();
+    /// A set of a filter, as nft writes it.
+    fn listed(table: &str, set: &str) -> String {
+        let listed = Command::new("nft").args(["list", "set", "inet", table, set]).output().unwrap();
         assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
         String::from_utf8(listed.stdout).unwrap()
     }
@@ -321,23 +321,23 @@ mod tests {
             assert_eq!(unloaded.kind(), io::ErrorKind::NotFound);
             let _tap = tap::open(TAP).unwrap();
             load(&of_vm(&settings)).unwrap();
-            let sets = ["egress4", "egress6", "resolvers"];
-            let all = sets.map(listed);
+            let (sets, of_vm_listed) = (["egress4", "egress6", "resolvers"], |set| listed("oc", set));
+            let all = sets.map(of_vm_listed);
             for (listed, element) in all.iter().zip(["0.0.0.0/0", "::/0", "198.18.0.53"]) {
                 assert!(listed.contains(&format!("elements = {{ {element} }}")), "{listed}");
             }
             // Whatever it was before.
             for _ in 0..2 {
                 restrict(Egress::Nothing).unwrap();
-                for listed in sets.map(listed) {
+                for listed in sets.map(of_vm_listed) {
                     assert!(!listed.contains("elements"), "{listed}");
                 }
             }
             for _ in 0..2 {
                 restrict(Egress::Open).unwrap();
-                assert_eq!(sets.map(listed), all);
+                assert_eq!(sets.map(of_vm_listed), all);
             }
-            assert!(listed("allowed4").contains("10.1.2.0/24"), "the rest is as it was");
+            assert!(of_vm_listed("allowed4").contains("10.1.2.0/24"), "the rest is as it was");
         };
         thread::spawn(in_its_namespace).join().unwrap();
     }
@@ -351,11 +351,6 @@ mod tests {
                 let all = all.iter().map(|part| part.parse().unwrap()).collect();
                 load(&parts(&names, &all)).unwrap();
             };
-            let kept = |set: &str| {
-                let listed =
-                    Command::new("nft").args(["list", "set", "inet", &names.table(), set]).output().unwrap();
-                String::from_utf8(listed.stdout).unwrap()
-            };
             for _ in 0..2 {
                 load(&of_host(&names, &pair)).unwrap();
                 told(&[]);
@@ -363,7 +358,7 @@ mod tests {
                 // The next agent finds one of them, and another.
                 load(&of_host(&names, &pair)).unwrap();
                 told(&["10.1.2.3:7000", "10.1.2.4:7000"]);
-                let (four, six) = (kept("parts4"), kept("parts6"));
+                let [four, six] = ["parts4", "parts6"].map(|set| listed(&names.table(), set));
                 assert!(four.contains("10.1.2.3 . 7000") && four.contains("10.1.2.4 . 7000"), "{four}");
                 assert!(six.contains("fd00::1 . 7100"), "{six}");
             }
